@@ -1,0 +1,74 @@
+# Everything runs from `.venv`, which `make venv` creates with the package, its compiled library and its extras.
+# Another torch: make venv TORCH='torch==2.11.0'. Another Python: make venv PYTHON=python3.12.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/*)
+
+.PHONY: help venv test demo bench bench-full lint format asan wheel clean
+
+help:           ## this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/ :/'
+
+venv: .venv/ready  ## create .venv and build the library
+
+.venv/created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "$(PYTHON) is older than 3.10; name another: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv || { echo "python venv failed: install your system's python3-venv package"; exit 1; }
+	$(BIN)/python -m pip install --quiet --upgrade 'pip<26.2'
+	$(BIN)/python -m pip install --quiet --progress-bar off '$(TORCH)' setuptools wheel numpy ninja
+	touch $@
+
+.venv/installed: .venv/created pyproject.toml
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[test,demo,dev]'
+	touch $@
+
+.venv/ready: .venv/installed $(SOURCES)
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
+
+test: venv      ## the whole test suite
+	$(BIN)/python -m pytest
+
+demo: venv      ## a GRPO run through TRL; table and figure in demo_out/   (make demo ARGS=--help)
+	$(BIN)/python examples/grpo_demo.py $(ARGS)
+
+bench: venv     ## CPU benchmarks against torch, ratios in alternation
+	$(BIN)/python -m benchmarks.run $(ARGS)
+
+bench-full: venv  ## the same with DeepSpeedCPUAdam (builds it first)
+	$(BIN)/python -m pip install --quiet --no-build-isolation '.[bench]' deepspeed
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m benchmarks.run $(ARGS)
+
+lint: venv      ## ruff and clang-format, without changing anything
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror csrc/*.h csrc/cpu/*
+
+format: venv    ## let ruff and clang-format change files
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.h csrc/cpu/*
+
+# The CPU library under AddressSanitizer and UBSan, and the tests that exercise it. Leaks are CPython's, not looked for.
+ASAN := build/asan/_C.abi3.so
+$(ASAN): $(SOURCES) | venv
+	mkdir -p build/asan
+	$(or $(CXX),g++) -shared -fPIC -O1 -g -std=c++17 -fno-math-errno -ffp-contract=off \
+		-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer \
+		-DTORCH_TARGET_VERSION=0x020a000000000000 -Icsrc \
+		-I$$($(BIN)/python -c 'import torch.utils.cpp_extension as c; print(c.include_paths()[0])') \
+		csrc/cpu/*.cpp -o $@ -L$$($(BIN)/python -c 'import torch.utils.cpp_extension as c; print(c.library_paths()[0])') \
+		-ltorch -ltorch_cpu -lc10
+
+asan: $(ASAN)   ## kernel tests under AddressSanitizer and UBSan
+	FUSED_CLIP_ADAM_LIBRARY=$(CURDIR)/$(ASAN) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$$($(or $(CXX),g++) -print-file-name=libasan.so) $$($(or $(CXX),g++) -print-file-name=libubsan.so)" \
+	$(BIN)/python -m pytest -x -q tests/test_step.py tests/test_objectives.py tests/test_hostile.py
+
+wheel: venv     ## one cp310-abi3 wheel in dist/
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+clean:          ## remove everything `make` created
+	rm -rf .venv build dist demo_out *.egg-info fused_clip_adam/*.so

@@ -1,0 +1,44 @@
+// The operators of the package, by the phases of a step, then the objective. CPU kernels register beside their code.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <string>
+
+#include "isa.h"
+
+namespace fca {
+std::string cpu_capability(bool) {
+  switch (isa()) {
+    case Isa::AVX512:
+      return "avx512";
+    case Isa::AVX2:
+      return "avx2";
+    default:
+      return "baseline";
+  }
+}
+}  // namespace fca
+
+STABLE_TORCH_LIBRARY(fused_clip_adam, m) {
+  m.def(
+      "tensor_table(Tensor[] params, Tensor[] grads, Tensor[] exp_avgs, Tensor[] exp_avg_sqs, "
+      "Tensor[] max_exp_avg_sqs, Tensor[] steps, Tensor[] bias_weights) -> Tensor");
+  m.def("grad_square_sum(Tensor table) -> Tensor");
+  m.def(
+      "prologue(Tensor group_scalars, Tensor? square_sums, Tensor? grad_scale, Tensor? found_inf, Tensor? observed, "
+      "Tensor(a!) grad_square_sum, Tensor(b!) steps_skipped, bool skip_nonfinite) -> Tensor");
+  m.def(
+      "update_(Tensor table, Tensor control, int group, float lr, float beta1, float beta2, float eps, "
+      "float weight_decay, bool coupled, bool amsgrad, int overshoot, int block, "
+      "Tensor(a!)? grad_square_sum) -> ()");
+  m.def(
+      "policy_loss(Tensor logp, Tensor old_logp, Tensor advantages, Tensor? mask, Tensor? weights, Tensor? ref_logp, "
+      "Tensor? sequence_ids, int num_sequences, int token_rule, bool sequence_ratio, float low, float high, "
+      "float dual, float cap, int aggregation, float normalizer, float kl_coef, int kl_estimator, bool want_grad) "
+      "-> (Tensor loss, Tensor grad, Tensor scale, Tensor stats)");
+  m.def("cpu_capability(bool unused) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_clip_adam, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&fca::cpu_capability));
+}

@@ -1,0 +1,244 @@
+// Phase 3: one pass over parameters, gradients and moments.
+//
+// Bytes per float32 element: 16 read (p, g, m, v) + 12 written (p, m, v) = 28, amsgrad 36. About 20 operations, of
+// which one square root and one division: the pass is bound by memory, and every extra below is free or nearly so.
+#include <optional>
+
+#include "table.h"
+
+namespace fca {
+namespace {
+
+// One instance per tensor: its scalars in both arithmetic types.
+struct TensorScalars {
+  StepScalars<float> f32;
+  StepScalars<double> f64;
+  template <typename T>
+  const StepScalars<T>& get() const {
+    if constexpr (sizeof(T) == 8)
+      return f64;
+    else
+      return f32;
+  }
+};
+
+template <typename T>
+struct TileSet {
+  T *param, *exp_avg, *exp_avg_sq, *max_exp_avg_sq;
+  const T* grad;
+};
+
+template <typename T, Overshoot RULE, bool AMSGRAD, bool COUPLED>
+FCA_INLINE void update_tile_body(TileSet<T> tiles, int64_t n, const StepScalars<T>& scalars, bool keep) {
+  T* __restrict param = tiles.param;
+  T* __restrict exp_avg = tiles.exp_avg;
+  T* __restrict exp_avg_sq = tiles.exp_avg_sq;
+  T* __restrict max_exp_avg_sq = tiles.max_exp_avg_sq;
+  const T* __restrict grad = tiles.grad;
+  const StepScalars<T> s = scalars;
+  for (int64_t i = 0; i < n; ++i) {
+    T unused = 0;
+    update_element<T, RULE, AMSGRAD, COUPLED>(param[i], grad[i], exp_avg[i], exp_avg_sq[i],
+                                              AMSGRAD ? max_exp_avg_sq[i] : unused, s, keep);
+  }
+}
+FCA_LEAF((typename T, Overshoot RULE, bool AMSGRAD, bool COUPLED), (T, RULE, AMSGRAD, COUPLED), void, update_tile,
+         (TileSet<T> tiles, int64_t n, const StepScalars<T>& scalars, bool keep), (tiles, n, scalars, keep))
+
+// sum m g over a tile, for the block gate: products of float32 are exact in float64.
+template <typename T, bool COUPLED>
+FCA_INLINE double momentum_dot_tile_body(const T* __restrict param, const T* __restrict grad,
+                                         const T* __restrict exp_avg, int64_t n, const StepScalars<T>& scalars) {
+  const StepScalars<T> s = scalars;
+  double lane[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int64_t j = 0; j < kLanes; ++j) {
+      const T g = scaled_grad<T, COUPLED>(COUPLED ? param[i + j] : T(0), grad[i + j], s);
+      lane[j] += static_cast<double>(exp_avg[i + j]) * static_cast<double>(g);
+    }
+  }
+  for (int64_t j = 0; i + j < n; ++j) {
+    const T g = scaled_grad<T, COUPLED>(COUPLED ? param[i + j] : T(0), grad[i + j], s);
+    lane[j] += static_cast<double>(exp_avg[i + j]) * static_cast<double>(g);
+  }
+  return fold_lanes(lane);
+}
+FCA_LEAF((typename T, bool COUPLED), (T, COUPLED), double, momentum_dot_tile,
+         (const T* param, const T* grad, const T* exp_avg, int64_t n, const StepScalars<T>& scalars),
+         (param, grad, exp_avg, n, scalars))
+
+// A slot as a tile of the arithmetic type: its own memory, or a converted copy to be written back.
+template <typename T>
+struct SlotTile {
+  alignas(64) T buffer[kTile];
+  T* data;
+  bool copied;
+  void read(const Table& table, const Row& row, Slot slot, bool flat, int64_t begin, int64_t n) {
+    data = direct_slot<T>(row, slot, flat, begin);
+    copied = data == nullptr;
+    if (copied) read_slot<T>(table, row, slot, flat, begin, n, data = buffer);
+  }
+  void write(const Table& table, const Row& row, Slot slot, bool flat, int64_t begin, int64_t n) const {
+    if (copied) write_slot<T>(table, row, slot, flat, begin, n, buffer);
+  }
+};
+
+// Returns the chunk's sum of squared raw gradients where asked, else 0.
+template <typename T, Overshoot RULE, bool AMSGRAD, bool COUPLED>
+double update_chunk(const Table& table, const Chunk& chunk, const StepScalars<T>& scalars, int64_t block,
+                    bool sum_squares) {
+  const Row& row = table.row[chunk.row];
+  // Blocks are runs of the logical order, so memory order will do only where the two agree.
+  const bool flat = RULE == Overshoot::ALIGN_BLOCK ? row.strided == 0 : row.flat != 0;
+  SlotTile<T> param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq;
+  double sum = 0;
+  for (int64_t start = chunk.begin; start < chunk.end; start += block) {
+    const int64_t stop = std::min(start + block, chunk.end);
+    bool keep = true;
+    if (RULE == Overshoot::ALIGN_BLOCK) {
+      double dot = 0;
+      for (int64_t i = start; i < stop; i += kTile) {
+        const int64_t n = std::min(kTile, stop - i);
+        grad.read(table, row, GRAD, flat, i, n);
+        exp_avg.read(table, row, EXP_AVG, flat, i, n);
+        if (COUPLED) param.read(table, row, PARAM, flat, i, n);
+        dot += momentum_dot_tile<T, COUPLED>(COUPLED ? param.data : nullptr, grad.data, exp_avg.data, n, scalars);
+      }
+      keep = dot > 0;  // all-zero momentum: nothing to drop, either answer gives d = b g
+    }
+    for (int64_t i = start; i < stop; i += kTile) {
+      const int64_t n = std::min(kTile, stop - i);
+      param.read(table, row, PARAM, flat, i, n);
+      grad.read(table, row, GRAD, flat, i, n);
+      exp_avg.read(table, row, EXP_AVG, flat, i, n);
+      exp_avg_sq.read(table, row, EXP_AVG_SQ, flat, i, n);
+      if (AMSGRAD) max_exp_avg_sq.read(table, row, MAX_EXP_AVG_SQ, flat, i, n);
+      if (sum_squares) sum += sum_squares_tile<T>(grad.data, n);
+      const TileSet<T> tiles = {param.data, exp_avg.data, exp_avg_sq.data, AMSGRAD ? max_exp_avg_sq.data : nullptr,
+                                grad.data};
+      update_tile<T, RULE, AMSGRAD, COUPLED>(tiles, n, scalars, keep);
+      param.write(table, row, PARAM, flat, i, n);
+      exp_avg.write(table, row, EXP_AVG, flat, i, n);
+      exp_avg_sq.write(table, row, EXP_AVG_SQ, flat, i, n);
+      if (AMSGRAD) max_exp_avg_sq.write(table, row, MAX_EXP_AVG_SQ, flat, i, n);
+    }
+  }
+  return sum;
+}
+
+template <typename T>
+using UpdateChunk = double (*)(const Table&, const Chunk&, const StepScalars<T>&, int64_t, bool);
+
+template <typename T, Overshoot RULE>
+UpdateChunk<T> choose_flags(bool amsgrad, bool coupled) {
+  if (amsgrad) return coupled ? update_chunk<T, RULE, true, true> : update_chunk<T, RULE, true, false>;
+  return coupled ? update_chunk<T, RULE, false, true> : update_chunk<T, RULE, false, false>;
+}
+
+template <typename T>
+UpdateChunk<T> choose(Overshoot rule, bool amsgrad, bool coupled) {
+  switch (rule) {
+    case Overshoot::NONE:
+      return choose_flags<T, Overshoot::NONE>(amsgrad, coupled);
+    case Overshoot::ALIGN_BLOCK:
+      return choose_flags<T, Overshoot::ALIGN_BLOCK>(amsgrad, coupled);
+    case Overshoot::ALIGN_ELEMENT:
+      return choose_flags<T, Overshoot::ALIGN_ELEMENT>(amsgrad, coupled);
+    case Overshoot::CAUTIOUS:
+      return choose_flags<T, Overshoot::CAUTIOUS>(amsgrad, coupled);
+  }
+  fail("unknown overshoot rule ", static_cast<int64_t>(rule));
+}
+
+// Advances the tensor's step and bias weights and returns the weights in force: 1 - beta^step, or the recurrence
+// W <- a W + b where beta1 or beta2 varies from step to step.
+void advance(const Row& row, const Control& control, double beta1, double beta2, double* weights) {
+  double step;
+  if (row.step_is_f64) {
+    step = *reinterpret_cast<double*>(row.step) += 1.0;
+  } else {
+    step = *reinterpret_cast<float*>(row.step) += 1.0f;
+  }
+  if (row.bias_weights != 0) {
+    double* w = reinterpret_cast<double*>(row.bias_weights);
+    w[0] = control.w1_a * w[0] + control.w1_b;
+    w[1] = control.beta2 * w[1] + control.one_minus_beta2;
+    weights[0] = w[0];
+    weights[1] = w[1];
+  } else {
+    weights[0] = 1.0 - std::pow(beta1, step);
+    weights[1] = 1.0 - std::pow(beta2, step);
+  }
+}
+
+template <typename T>
+StepScalars<T> make_scalars(const Control& control, const double* weights, double lr, double eps, double weight_decay,
+                            bool coupled) {
+  StepScalars<T> s;
+  s.grad_factor = static_cast<T>(control.grad_factor);
+  s.a = static_cast<T>(control.a);
+  s.b = static_cast<T>(control.b);
+  s.beta2 = static_cast<T>(control.beta2);
+  s.one_minus_beta2 = static_cast<T>(control.one_minus_beta2);
+  s.inv_w1 = static_cast<T>(1.0 / weights[0]);
+  s.inv_sqrt_w2 = static_cast<T>(1.0 / std::sqrt(weights[1]));
+  s.eps = static_cast<T>(eps);
+  s.lr = static_cast<T>(lr);
+  s.decay = static_cast<T>(coupled ? 1.0 : 1.0 - lr * weight_decay);
+  s.l2 = static_cast<T>(coupled ? weight_decay : 0.0);
+  return s;
+}
+
+void update_(const Tensor& table_tensor, const Tensor& control_tensor, int64_t group, double lr, double beta1,
+             double beta2, double eps, double weight_decay, bool coupled, bool amsgrad, int64_t overshoot,
+             int64_t block, std::optional<Tensor> grad_square_sum) {
+  const Table table = read_table(table_tensor);
+  check(group >= 0 && (group + 1) * kControl <= control_tensor.numel(), "control has no group ", group);
+  check(block >= 1, "block must be at least 1, got ", block);
+  const Control& control = reinterpret_cast<const Control*>(const_data<double>(control_tensor))[group];
+  if (control.skip != 0.0) return;
+
+  const Overshoot rule = static_cast<Overshoot>(overshoot);
+  const UpdateChunk<float> update_f32 = choose<float>(rule, amsgrad, coupled && weight_decay != 0.0);
+  const UpdateChunk<double> update_f64 = choose<double>(rule, amsgrad, coupled && weight_decay != 0.0);
+  const int64_t unit = rule == Overshoot::ALIGN_BLOCK ? block : kTile;
+
+  for (int64_t r = 0; r < table.rows; ++r) {
+    const Row& row = table.row[r];
+    check(!amsgrad || row.numel == 0 || row.data[MAX_EXP_AVG_SQ] != 0, "amsgrad needs max_exp_avg_sqs");
+  }
+
+  std::vector<TensorScalars> scalars(table.rows);  // nothing below can fail: from here on memory is written
+  for (int64_t r = 0; r < table.rows; ++r) {
+    const Row& row = table.row[r];
+    double weights[2];
+    advance(row, control, beta1, beta2, weights);
+    scalars[r] = {make_scalars<float>(control, weights, lr, eps, weight_decay, coupled),
+                  make_scalars<double>(control, weights, lr, eps, weight_decay, coupled)};
+  }
+
+  const std::vector<Chunk> chunks = make_chunks(table, unit);
+  const int64_t n = static_cast<int64_t>(chunks.size());
+  const bool sum_squares = grad_square_sum.has_value();
+  std::vector<double> partial(n);
+  torch::stable::parallel_for(0, n, chunk_grain(table, n), [&](int64_t first, int64_t last) {
+    // Backwards: the norm pass has just left the end of the gradients in the cache.
+    for (int64_t c = last - 1; c >= first; --c) {
+      const int64_t r = chunks[c].row;
+      partial[c] = table.row[r].dtype[PARAM] == DType::F64
+                       ? update_f64(table, chunks[c], scalars[r].get<double>(), unit, sum_squares)
+                       : update_f32(table, chunks[c], scalars[r].get<float>(), unit, sum_squares);
+    }
+  });
+  if (sum_squares) {
+    double total = 0;
+    for (double part : partial) total += part;
+    *mutable_data<double>(*grad_square_sum) += total * control.unscale * control.unscale;
+  }
+}
+
+}  // namespace
+}  // namespace fca
+
+STABLE_TORCH_LIBRARY_IMPL(fused_clip_adam, CPU, m) { m.impl("update_", TORCH_BOX(&fca::update_)); }

@@ -1,0 +1,355 @@
+#include "table.h"
+
+#include <algorithm>
+#include <atomic>
+
+namespace fca {
+namespace {
+
+constexpr int64_t kChunk = 65536;   // elements: 256 KiB a stream, enough to amortise a task, small enough to balance
+constexpr int64_t kSerial = 32768;  // elements below which a second thread costs more than it brings
+
+// What a row needs to know of one tensor, fetched through the shim once: the calls, not the checks, cost the time.
+struct Meta {
+  const int64_t* sizes;
+  const int64_t* strides;
+  int64_t dims;
+  bool contiguous;
+  DType dtype;
+  int64_t address;
+};
+
+Meta read_meta(const Tensor& tensor, const char* name, int64_t index) {
+  static const int32_t codes[] = {aoti_torch_dtype_float64(), aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(),
+                                  aoti_torch_dtype_float16()};
+  Meta meta = {};
+  int32_t code;
+  void* address;
+  int64_t *sizes, *strides;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor.get(), &meta.dims));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &sizes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor.get(), &strides));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(tensor.get(), &meta.contiguous));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor.get(), &address));
+  const int32_t* found = std::find(std::begin(codes), std::end(codes), code);
+  check(found != std::end(codes), name, "[", index, "] must be float64, float32, bfloat16 or float16");
+  meta.sizes = sizes;
+  meta.strides = strides;
+  meta.dtype = static_cast<DType>(found - codes);
+  meta.address = reinterpret_cast<int64_t>(address);
+  return meta;
+}
+
+// The (stride, size) of dimensions longer than one, innermost first.
+std::vector<std::pair<int64_t, int64_t>> sorted_dims(const Meta& meta) {
+  std::vector<std::pair<int64_t, int64_t>> dims;
+  for (int64_t d = 0; d < meta.dims; ++d) {
+    if (meta.sizes[d] > 1) dims.emplace_back(meta.strides[d], meta.sizes[d]);
+  }
+  std::sort(dims.begin(), dims.end());
+  return dims;
+}
+
+// Could two of its elements share an address? Each stride must step over all that lies inside it.
+bool overlaps_itself(const Meta& meta) {
+  int64_t reach = 0;
+  for (const auto& [stride, size] : sorted_dims(meta)) {
+    if (stride <= reach) return true;
+    reach += stride * (size - 1);
+  }
+  return false;
+}
+
+bool is_dense(const Meta& meta) {
+  int64_t expected = 1;
+  for (const auto& [stride, size] : sorted_dims(meta)) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+bool same_strides(const Meta& x, const Meta& y) {
+  for (int64_t d = 0; d < x.dims; ++d) {
+    if (x.sizes[d] > 1 && x.strides[d] != y.strides[d]) return false;
+  }
+  return true;
+}
+
+bool same_sizes(const Meta& x, const Meta& y) {
+  return x.dims == y.dims && std::equal(x.sizes, x.sizes + x.dims, y.sizes);
+}
+
+int64_t dtype_size(DType dtype) { return dtype == DType::F64 ? 8 : dtype == DType::F32 ? 4 : 2; }
+
+// A written memory range: two of them may not meet, or the result would depend on the order of threads.
+struct Range {
+  int64_t begin, end, row;
+  Slot slot;
+};
+
+// Addresses of every element, for the exact test where two bounding ranges meet and one of them is strided.
+std::vector<int64_t> addresses(const Table& table, const Range& range) {
+  const Row& row = table.row[range.row];
+  const int64_t size = dtype_size(slot_dtype(row, range.slot));
+  std::vector<int64_t> out;
+  out.reserve(row.numel);
+  if (row.strided == 0) {
+    for (int64_t i = 0; i < row.numel; ++i) out.push_back(row.data[range.slot] + i * size);
+    return out;
+  }
+  const int64_t* record = table.words + row.strided;
+  const int64_t dims = record[0];
+  const int64_t* sizes = record + 1;
+  const int64_t* strides = sizes + dims * (1 + range.slot);
+  for (int64_t i = 0; i < row.numel; ++i) {
+    int64_t rest = i, offset = 0;
+    for (int64_t d = dims - 1; d >= 0; --d) {
+      offset += rest % sizes[d] * strides[d];
+      rest /= sizes[d];
+    }
+    out.push_back(row.data[range.slot] + offset * size);
+  }
+  std::sort(out.begin(), out.end());
+  return out;
+}
+
+const char* slot_name(Slot slot) {
+  static const char* const names[] = {"params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"};
+  return names[slot];
+}
+
+void check_disjoint(const Table& table) {
+  std::vector<Range> ranges;
+  uint64_t fingerprint = 1469598103934665603ull;
+  for (int64_t r = 0; r < table.rows; ++r) {
+    const Row& row = table.row[r];
+    for (Slot slot : {PARAM, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ}) {
+      if (row.data[slot] == 0 || row.numel == 0) continue;
+      int64_t extent = row.numel;
+      if (row.strided != 0) {
+        const int64_t* record = table.words + row.strided;
+        const int64_t dims = record[0];
+        extent = 1;
+        for (int64_t d = 0; d < dims; ++d) extent += (record[1 + d] - 1) * record[1 + dims * (1 + slot) + d];
+      }
+      const int64_t end = row.data[slot] + extent * dtype_size(slot_dtype(row, slot));
+      for (uint64_t word : {static_cast<uint64_t>(row.data[slot]), static_cast<uint64_t>(end)}) {
+        fingerprint = (fingerprint ^ word) * 1099511628211ull;
+      }
+      ranges.push_back({row.data[slot], end, r, slot});
+    }
+  }
+  // The addresses rarely change from step to step: what was found disjoint last time need not be sorted again.
+  static std::atomic<uint64_t> last_disjoint[64];
+  std::atomic<uint64_t>& seen = last_disjoint[fingerprint % 64];
+  if (seen.load(std::memory_order_relaxed) == fingerprint) return;
+
+  std::sort(ranges.begin(), ranges.end(), [](const Range& x, const Range& y) { return x.begin < y.begin; });
+  for (size_t i = 0; i < ranges.size(); ++i) {
+    for (size_t j = i + 1; j < ranges.size() && ranges[j].begin < ranges[i].end; ++j) {
+      const Range &x = ranges[i], &y = ranges[j];
+      if (table.row[x.row].flat == 0 || table.row[y.row].flat == 0) {
+        const std::vector<int64_t> a = addresses(table, x), b = addresses(table, y);
+        std::vector<int64_t> common;
+        std::set_intersection(a.begin(), a.end(), b.begin(), b.end(), std::back_inserter(common));
+        if (common.empty()) continue;
+      }
+      fail(slot_name(x.slot), "[", x.row, "] and ", slot_name(y.slot), "[", y.row,
+           "] share memory; each would be updated with the other's gradient. Pass each storage once");
+    }
+  }
+  seen.store(fingerprint, std::memory_order_relaxed);
+}
+
+struct Lists {
+  const std::vector<Tensor>* list[kSlots];
+};
+
+Row make_row(const Lists& lists, const std::vector<Tensor>& steps, const std::vector<Tensor>& bias_weights, int64_t i) {
+  Row row = {};
+  Meta param = {};
+  bool contiguous = true, same_order = true;
+  for (int64_t s = 0; s < kSlots; ++s) {
+    const Slot slot = static_cast<Slot>(s);
+    if (lists.list[slot]->empty()) continue;
+    const Meta meta = read_meta((*lists.list[slot])[i], slot_name(slot), i);
+    if (slot == PARAM) param = meta;
+    if (!same_sizes(param, meta)) fail(slot_name(slot), "[", i, "] must have the shape of params[", i, "]");
+    DType& expected = row.dtype[slot < 2 ? slot : 2];
+    if (slot <= EXP_AVG) expected = meta.dtype;
+    if (meta.dtype != expected) {
+      fail(slot_name(slot), "[", i, "] is ", dtype_name(meta.dtype), " but exp_avgs[", i, "] is ",
+           dtype_name(expected));
+    }
+    if (meta.dtype != param.dtype && meta.dtype != DType::F32) {
+      fail(slot_name(slot), "[", i, "] is ", dtype_name(meta.dtype), "; accepted for a ", dtype_name(param.dtype),
+           " parameter: the same, or float32");
+    }
+    if (slot != GRAD && !meta.contiguous && overlaps_itself(meta)) {
+      fail(slot_name(slot), "[", i,
+           "] has elements that share memory (an expanded view?); it cannot be updated in place");
+    }
+    row.data[slot] = meta.address;
+    contiguous = contiguous && meta.contiguous;
+    same_order = same_order && same_strides(param, meta);
+  }
+  row.numel = 1;
+  for (int64_t d = 0; d < param.dims; ++d) row.numel *= param.sizes[d];
+  row.strided = contiguous ? 0 : 1;  // tensor_table fills in the offset
+  row.flat = contiguous || (same_order && is_dense(param));
+
+  static const int32_t f32 = aoti_torch_dtype_float32(), f64 = aoti_torch_dtype_float64();
+  int32_t step_dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(steps[i].get(), &step_dtype));
+  if (steps[i].numel() != 1 || (step_dtype != f32 && step_dtype != f64)) {
+    fail("steps[", i, "] must be a 0-d float32 or float64 tensor");
+  }
+  row.step = reinterpret_cast<int64_t>(steps[i].data_ptr());
+  row.step_is_f64 = step_dtype == f64;
+  if (!bias_weights.empty()) {
+    check_buffer(bias_weights[i], ScalarType::Double, 2, "bias_weights");
+    row.bias_weights = reinterpret_cast<int64_t>(bias_weights[i].mutable_data_ptr());
+  }
+  return row;
+}
+
+Tensor tensor_table(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
+                    std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> max_exp_avg_sqs, std::vector<Tensor> steps,
+                    std::vector<Tensor> bias_weights) {
+  const Lists lists = {{&params, &grads, &exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs}};
+  const int64_t n = static_cast<int64_t>(params.size());
+  for (const auto* list : {&grads, &exp_avgs, &exp_avg_sqs, &steps}) {
+    check(static_cast<int64_t>(list->size()) == n, "tensor_table: lists differ in length");
+  }
+  for (const auto* list : {&max_exp_avg_sqs, &bias_weights}) {
+    check(list->empty() || static_cast<int64_t>(list->size()) == n, "tensor_table: lists differ in length");
+  }
+
+  std::vector<Row> rows(n);
+  std::vector<int64_t> records;
+  for (int64_t i = 0; i < n; ++i) {
+    rows[i] = make_row(lists, steps, bias_weights, i);
+    if (rows[i].strided == 0) continue;
+    rows[i].strided = 1 + n * kRow + static_cast<int64_t>(records.size());
+    const int64_t dims = params[i].dim();
+    records.push_back(dims);
+    for (int64_t d = 0; d < dims; ++d) records.push_back(params[i].size(d));
+    for (int64_t slot = 0; slot < kSlots; ++slot) {
+      for (int64_t d = 0; d < dims; ++d) {
+        records.push_back(lists.list[slot]->empty() ? 0 : (*lists.list[slot])[i].stride(d));
+      }
+    }
+  }
+  Tensor table = torch::stable::empty({static_cast<int64_t>(1 + n * kRow + records.size())}, ScalarType::Long);
+  int64_t* words = mutable_data<int64_t>(table);
+  words[0] = n;
+  if (n > 0) std::memcpy(words + 1, rows.data(), n * sizeof(Row));
+  std::copy(records.begin(), records.end(), words + 1 + n * kRow);
+  check_disjoint(read_table(table));
+  return table;
+}
+
+template <typename S, typename T>
+void gather(const Table& table, const Row& row, Slot slot, int64_t begin, int64_t n, T* tile, bool store) {
+  const int64_t* record = table.words + row.strided;
+  const int64_t dims = record[0];
+  const int64_t* sizes = record + 1;
+  const int64_t* strides = sizes + dims * (1 + slot);
+  std::vector<int64_t> index(dims);
+  int64_t rest = begin, offset = 0;
+  for (int64_t d = dims - 1; d >= 0; --d) {
+    index[d] = rest % sizes[d];
+    rest /= sizes[d];
+    offset += index[d] * strides[d];
+  }
+  S* const base = reinterpret_cast<S*>(row.data[slot]);
+  for (int64_t i = 0; i < n; ++i) {
+    if (store) {
+      base[offset] = store_as<S, T>(tile[i]);
+    } else {
+      tile[i] = load_as<T, S>(base[offset]);
+    }
+    for (int64_t d = dims - 1; d >= 0; --d) {
+      offset += strides[d];
+      if (++index[d] < sizes[d]) break;
+      offset -= strides[d] * sizes[d];
+      index[d] = 0;
+    }
+  }
+}
+
+template <typename S, typename T>
+void move_slot(const Table& table, const Row& row, Slot slot, bool flat, int64_t begin, int64_t n, T* tile,
+               bool store) {
+  if (!flat) return gather<S, T>(table, row, slot, begin, n, tile, store);
+  S* const memory = reinterpret_cast<S*>(row.data[slot]) + begin;
+  if (store) {
+    store_tile<S, T>(tile, memory, n);
+  } else {
+    load_tile<T, S>(memory, tile, n);
+  }
+}
+
+template <typename T>
+void move_slot_of(const Table& table, const Row& row, Slot slot, bool flat, int64_t begin, int64_t n, T* tile,
+                  bool store) {
+  switch (slot_dtype(row, slot)) {
+    case DType::F64:
+      return move_slot<double, T>(table, row, slot, flat, begin, n, tile, store);
+    case DType::F32:
+      return move_slot<float, T>(table, row, slot, flat, begin, n, tile, store);
+    default:
+      break;
+  }
+  if constexpr (sizeof(T) == 4) {  // float64 arithmetic serves float64 parameters, which have no 16-bit slot
+    if (slot_dtype(row, slot) == DType::BF16) {
+      return move_slot<BFloat16, T>(table, row, slot, flat, begin, n, tile, store);
+    }
+    return move_slot<Float16, T>(table, row, slot, flat, begin, n, tile, store);
+  }
+}
+
+}  // namespace
+
+Table read_table(const Tensor& table) {
+  check(table.scalar_type() == ScalarType::Long && table.is_contiguous() && table.numel() > 0,
+        "table must come from tensor_table");
+  const int64_t* words = const_data<int64_t>(table);
+  return {words[0], reinterpret_cast<const Row*>(words + 1), words};
+}
+
+std::vector<Chunk> make_chunks(const Table& table, int64_t block) {
+  const int64_t size = (kChunk + block - 1) / block * block;
+  std::vector<Chunk> chunks;
+  for (int64_t r = 0; r < table.rows; ++r) {
+    for (int64_t begin = 0; begin < table.row[r].numel; begin += size) {
+      chunks.push_back({r, begin, std::min(begin + size, table.row[r].numel)});
+    }
+  }
+  return chunks;
+}
+
+int64_t chunk_grain(const Table& table, int64_t chunks) {
+  int64_t elements = 0;
+  for (int64_t r = 0; r < table.rows; ++r) elements += table.row[r].numel;
+  return elements > 0 ? std::max<int64_t>(1, chunks * kSerial / elements) : 1;
+}
+
+template <typename T>
+void read_slot(const Table& table, const Row& row, Slot slot, bool flat, int64_t begin, int64_t n, T* tile) {
+  move_slot_of<T>(table, row, slot, flat, begin, n, tile, false);
+}
+template <typename T>
+void write_slot(const Table& table, const Row& row, Slot slot, bool flat, int64_t begin, int64_t n, const T* tile) {
+  move_slot_of<T>(table, row, slot, flat, begin, n, const_cast<T*>(tile), true);
+}
+template void read_slot<float>(const Table&, const Row&, Slot, bool, int64_t, int64_t, float*);
+template void read_slot<double>(const Table&, const Row&, Slot, bool, int64_t, int64_t, double*);
+template void write_slot<float>(const Table&, const Row&, Slot, bool, int64_t, int64_t, const float*);
+template void write_slot<double>(const Table&, const Row&, Slot, bool, int64_t, int64_t, const double*);
+
+}  // namespace fca
+
+STABLE_TORCH_LIBRARY_IMPL(fused_clip_adam, CPU, m) { m.impl("tensor_table", TORCH_BOX(&fca::tensor_table)); }

@@ -1,0 +1,68 @@
+// The tensor table of one step: every pointer, dtype and stride the passes need, checked and unboxed once.
+//
+// `tensor_table` turns the lists of a step into one int64 tensor; norm and update read it as rows. It holds raw
+// pointers: it is made and used within one optimizer step, while Python holds the tensors.
+#pragma once
+
+#include <vector>
+
+#include "../check_args.h"
+#include "tile.h"
+
+namespace fca {
+
+enum Slot : int64_t { PARAM = 0, GRAD = 1, EXP_AVG = 2, EXP_AVG_SQ = 3, MAX_EXP_AVG_SQ = 4, kSlots = 5 };
+
+struct Row {
+  int64_t data[kSlots];  // addresses; 0 where absent (max_exp_avg_sq)
+  int64_t step;          // address of the 0-d float32 or float64 step
+  int64_t step_is_f64;
+  int64_t bias_weights;  // address of float64[2] = (W1, W2), or 0: bias corrections follow from step
+  int64_t numel;
+  DType dtype[3];   // of param, grad and the three states
+  int64_t flat;     // 1: all tensors share one dense memory order
+  int64_t strided;  // 0: all C-contiguous, else the offset of (ndim, sizes, strides of the 5 slots)
+};
+static_assert(sizeof(Row) % sizeof(int64_t) == 0, "rows are int64");
+constexpr int64_t kRow = sizeof(Row) / sizeof(int64_t);
+
+struct Table {
+  int64_t rows;
+  const Row* row;
+  const int64_t* words;  // word 0: the number of rows; rows follow; stride records follow the rows
+};
+
+Table read_table(const Tensor& table);
+
+inline DType slot_dtype(const Row& row, int64_t slot) { return row.dtype[slot < 2 ? slot : 2]; }
+
+// A piece of one tensor: the unit of parallel work. Boundaries depend on shapes alone, never on the thread count.
+struct Chunk {
+  int64_t row, begin, end;
+};
+
+// Chunks of at least `kChunk` elements (a whole number of `block`s) per tensor.
+std::vector<Chunk> make_chunks(const Table& table, int64_t block);
+
+// How many chunks one thread should take at least, so that tiny work stays on the caller's thread.
+int64_t chunk_grain(const Table& table, int64_t chunks);
+
+// Elements [begin, begin + n) of a slot in logical (row-major) order, or in memory order where `flat`.
+template <typename T>
+void read_slot(const Table& table, const Row& row, Slot slot, bool flat, int64_t begin, int64_t n, T* tile);
+template <typename T>
+void write_slot(const Table& table, const Row& row, Slot slot, bool flat, int64_t begin, int64_t n, const T* tile);
+
+template <typename T>
+constexpr DType arithmetic_dtype() {
+  return sizeof(T) == 8 ? DType::F64 : DType::F32;
+}
+
+// The slot's own memory where it can serve as the tile, else null.
+template <typename T>
+T* direct_slot(const Row& row, Slot slot, bool flat, int64_t begin) {
+  if (!flat || slot_dtype(row, slot) != arithmetic_dtype<T>()) return nullptr;
+  return reinterpret_cast<T*>(row.data[slot]) + begin;
+}
+
+}  // namespace fca

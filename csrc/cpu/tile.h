@@ -1,0 +1,132 @@
+// Tiles: up to kTile elements in the arithmetic type, the unit every CPU loop works on.
+//
+// A contiguous tensor already in the arithmetic type is its own tile; anything else (bfloat16, float16, a float32
+// state of a float64 parameter, strided memory) is converted into a buffer that stays in L1, and back.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+#include "../objective_math.h"  // bit_cast
+#include "isa.h"
+
+namespace fca {
+
+constexpr int64_t kTile = 1024;
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// ---------------------------------------------------------------- one element: storage <-> arithmetic
+
+template <typename T, typename S>
+FCA_INLINE T load_as(S x) {
+  return static_cast<T>(x);
+}
+
+template <>
+FCA_INLINE float load_as<float, BFloat16>(BFloat16 x) {
+  return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16);
+}
+
+// Reading the half's exponent field as a float's leaves the value 2^112 too small, subnormals included.
+template <>
+FCA_INLINE float load_as<float, Float16>(Float16 x) {
+  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
+  const uint32_t finite = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
+  const uint32_t bits = magnitude >= 0x0f800000u ? (magnitude | 0x7f800000u) : finite;  // inf and NaN keep their class
+  return bit_cast<float>(bits | (static_cast<uint32_t>(x.bits & 0x8000u) << 16));
+}
+
+template <typename S, typename T>
+FCA_INLINE S store_as(T x) {
+  return static_cast<S>(x);
+}
+
+// Round to nearest even; NaN becomes the quiet NaN torch writes.
+template <>
+FCA_INLINE BFloat16 store_as<BFloat16, float>(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return {static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded)};
+}
+
+template <>
+FCA_INLINE Float16 store_as<Float16, float>(float x) {
+  const uint32_t sign = (bit_cast<uint32_t>(x) >> 16) & 0x8000u;
+  const uint32_t magnitude = bit_cast<uint32_t>(x) & 0x7fffffffu;
+  const uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
+  // Adding 0.5 moves the half's subnormal grid (2^-24) onto the float's last bit: the addition does the rounding.
+  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+  uint32_t bits = magnitude < 0x38800000u ? subnormal : normal;
+  bits = magnitude >= 0x477ff000u ? 0x7c00u : bits;  // 65520 and above round to infinity
+  bits = magnitude > 0x7f800000u ? 0x7e00u : bits;
+  return {static_cast<uint16_t>(bits | sign)};
+}
+
+// ---------------------------------------------------------------- one tile
+
+template <typename T, typename S>
+FCA_INLINE void load_tile_body(const S* __restrict source, T* __restrict tile, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) tile[i] = load_as<T>(source[i]);
+}
+FCA_LEAF((typename T, typename S), (T, S), void, load_tile, (const S* source, T* tile, int64_t n), (source, tile, n))
+
+template <typename S, typename T>
+FCA_INLINE void store_tile_body(const T* __restrict tile, S* __restrict target, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) target[i] = store_as<S>(tile[i]);
+}
+FCA_LEAF((typename S, typename T), (S, T), void, store_tile, (const T* tile, S* target, int64_t n), (tile, target, n))
+
+// Sum in float64 over 32 fixed lanes, folded in a fixed order: the same bits for every instruction set and thread
+// count.
+constexpr int64_t kLanes = 32;
+
+FCA_INLINE double fold_lanes(const double* lane) {
+  double fold[kLanes];
+  for (int64_t j = 0; j < kLanes; ++j) fold[j] = lane[j];
+  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
+    for (int64_t j = 0; j < width; ++j) fold[j] += fold[j + width];
+  }
+  return fold[0];
+}
+
+template <typename T>
+FCA_INLINE double sum_tile_body(const T* __restrict x, int64_t n) {
+  double lane[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int64_t j = 0; j < kLanes; ++j) lane[j] += static_cast<double>(x[i + j]);
+  }
+  for (int64_t j = 0; i + j < n; ++j) lane[j] += static_cast<double>(x[i + j]);
+  return fold_lanes(lane);
+}
+FCA_LEAF((typename T), (T), double, sum_tile, (const T* x, int64_t n), (x, n))
+
+// A lone read stream is bound by the latency of its misses; fetching 1,024 elements ahead brought it from 9.4 to 10.7
+// GB/s a core on a 2.5 GHz Xeon. A prefetch past the end of the tensor is harmless: it cannot fault.
+template <typename T>
+FCA_INLINE double sum_squares_tile_body(const T* __restrict x, int64_t n) {
+  double lane[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int64_t j = 0; j < kLanes; j += 64 / static_cast<int64_t>(sizeof(T))) FCA_PREFETCH(x + i + j + 1024);
+    for (int64_t j = 0; j < kLanes; ++j) {
+      const double value = static_cast<double>(x[i + j]);
+      lane[j] += value * value;
+    }
+  }
+  for (int64_t j = 0; i + j < n; ++j) {
+    const double value = static_cast<double>(x[i + j]);
+    lane[j] += value * value;
+  }
+  return fold_lanes(lane);
+}
+FCA_LEAF((typename T), (T), double, sum_squares_tile, (const T* x, int64_t n), (x, n))
+
+}  // namespace fca

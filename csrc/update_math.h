@@ -1,0 +1,143 @@
+// The update equations, one element and one scalar at a time. Host and device, no torch, no CUDA headers.
+//
+// Everything a backend computes for the optimizer is written here once for CPU and CUDA, with the local names of
+// fused_clip_adam/backends/reference_step.py, so that the two can be read line by line.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define FCA_INLINE __host__ __device__ __forceinline__
+#elif defined(__GNUC__) || defined(__clang__)
+#define FCA_INLINE inline __attribute__((always_inline))
+#else
+#define FCA_INLINE inline
+#endif
+
+namespace fca {
+
+// Which overshoot rule shapes the emitted direction. The numbers are the contract with rules/overshoot.py.
+enum class Overshoot : int64_t { NONE = 0, ALIGN_BLOCK = 1, ALIGN_ELEMENT = 2, CAUTIOUS = 3 };
+
+// How the brake lowers beta1. The numbers are the contract with rules/overshoot.py.
+enum class Brake : int64_t { NONE = 0, RENORMALISE = 1, DAMP = 2 };
+
+// ---------------------------------------------------------------- prologue: scalars of a group, in float64
+
+// What one parameter group asks for. Field order is the column order of the float64 tensor `group_scalars`.
+struct GroupScalars {
+  double beta1, beta2;
+  double max_norm;     // < 0: the group is not clipped
+  double lagged_norm;  // 1: compare the previous step's norm
+  double sign;         // -1 for maximize
+  double brake_mode, brake_strength, brake_hold_v;
+};
+constexpr int64_t kGroupScalars = sizeof(GroupScalars) / sizeof(double);
+
+// What the update kernel needs to know about a group. Field order is the column order of `control`.
+struct Control {
+  double skip;             // 1: change nothing
+  double grad_factor;      // sign * unscale * clip coefficient
+  double unscale;          // 1 / grad_scale, for the norm the update pass gathers
+  double a, b;             // exp_avg <- a * exp_avg + b * g
+  double beta2;            // after hold_v
+  double one_minus_beta2;  // 1 - beta2, formed in float64
+  double w1_a, w1_b;       // W1 <- w1_a * W1 + w1_b
+};
+constexpr int64_t kControl = sizeof(Control) / sizeof(double);
+
+// torch.nn.utils.clip_grad_norm_: min(1, max_norm / (norm + 1e-6)); a NaN norm stays NaN, as there.
+FCA_INLINE double clip_coefficient(double norm, double max_norm) {
+  const double coefficient = max_norm / (norm + 1e-6);
+  return coefficient > 1.0 ? 1.0 : coefficient;
+}
+
+// c = suppressed_mass / total_mass of the observed ClipStats, in [0, 1]; 0 where nothing usable was observed.
+FCA_INLINE double suppressed_fraction(double suppressed_mass, double total_mass) {
+  const double c = suppressed_mass / total_mass;
+  return c > 0.0 ? (c < 1.0 ? c : 1.0) : 0.0;  // NaN (0/0) compares false
+}
+
+FCA_INLINE Control make_control(const GroupScalars& group, double unscale, double norm, double previous_norm, double c,
+                                bool skip) {
+  Control out;
+  out.skip = skip ? 1.0 : 0.0;
+  out.unscale = unscale;
+  double clip = 1.0;
+  if (group.max_norm >= 0.0) {
+    if (group.lagged_norm != 0.0) {
+      // No previous step, or one whose norm was not finite, says nothing about this one.
+      const bool known = previous_norm - previous_norm == 0.0;
+      clip = known ? clip_coefficient(previous_norm, group.max_norm) : 1.0;
+    } else {
+      clip = clip_coefficient(norm, group.max_norm);
+    }
+  }
+  out.grad_factor = group.sign * unscale * clip;
+
+  // MomentumBrake: a = beta1 (1 - strength c); b = 1 - a, or 1 - beta1 with W1 as plain Adam keeps it.
+  const int64_t mode = static_cast<int64_t>(group.brake_mode);
+  const bool brake = mode != static_cast<int64_t>(Brake::NONE);
+  const bool damp = mode == static_cast<int64_t>(Brake::DAMP);
+  out.a = brake ? group.beta1 * (1.0 - group.brake_strength * c) : group.beta1;
+  out.b = damp ? 1.0 - group.beta1 : 1.0 - out.a;
+  out.w1_a = damp ? group.beta1 : out.a;
+  out.w1_b = 1.0 - out.w1_a;
+  out.one_minus_beta2 = (1.0 - group.beta2) * (brake ? 1.0 - group.brake_hold_v * c : 1.0);
+  out.beta2 = brake ? 1.0 - out.one_minus_beta2 : group.beta2;
+  return out;
+}
+
+// ---------------------------------------------------------------- update: one element
+
+// Scalars of one tensor in the arithmetic type. All are prepared in float64 and rounded once.
+template <typename T>
+struct StepScalars {
+  T grad_factor, a, b, beta2, one_minus_beta2;
+  T inv_w1, inv_sqrt_w2;  // 1 / W1, 1 / sqrt(W2)
+  T eps, lr;
+  T decay;  // 1 - lr * weight_decay (decoupled), else 1
+  T l2;     // weight_decay added to the gradient (coupled), else 0
+};
+
+template <typename T>
+FCA_INLINE bool same_sign(T x, T y) {  // x * y > 0 without the underflow
+  return (x > T(0) && y > T(0)) || (x < T(0) && y < T(0));
+}
+
+// g <- S g (+ l2 p)
+template <typename T, bool COUPLED>
+FCA_INLINE T scaled_grad(T param, T grad, const StepScalars<T>& s) {
+  const T g = grad * s.grad_factor;
+  return COUPLED ? g + s.l2 * param : g;
+}
+
+// m' = a m + b g ; v' = beta2 v + (1 - beta2) g g
+// u  = d / W1 / (sqrt(v') / sqrt(W2) + eps) ; p <- decay p - lr u
+// d is m' unless a rule drops the old momentum: `keep` for a block, the sign of m g for an element.
+// A rule shapes what is emitted; the stored m' and v' are always plain AdamW's.
+template <typename T, Overshoot RULE, bool AMSGRAD, bool COUPLED>
+FCA_INLINE void update_element(T& param, T grad, T& exp_avg, T& exp_avg_sq, T& max_exp_avg_sq, const StepScalars<T>& s,
+                               bool keep) {
+  const T g = scaled_grad<T, COUPLED>(param, grad, s);
+  const T m = exp_avg;
+  const T bg = s.b * g;
+  const T m_new = s.a * m + bg;
+  const T v_new = s.beta2 * exp_avg_sq + s.one_minus_beta2 * g * g;
+  T v_used = v_new;
+  if (AMSGRAD) v_used = max_exp_avg_sq > v_new ? max_exp_avg_sq : v_new;
+
+  T d = m_new;
+  if (RULE == Overshoot::ALIGN_BLOCK) d = keep ? m_new : bg;
+  if (RULE == Overshoot::ALIGN_ELEMENT) d = same_sign(m, g) ? m_new : bg;
+  T u = d * s.inv_w1 / (std::sqrt(v_used) * s.inv_sqrt_w2 + s.eps);
+  if (RULE == Overshoot::CAUTIOUS) u = same_sign(m_new, g) ? u : T(0);
+
+  exp_avg = m_new;
+  exp_avg_sq = v_new;
+  if (AMSGRAD) max_exp_avg_sq = v_used;
+  param = param * s.decay - s.lr * u;
+}
+
+}  // namespace fca

@@ -1,0 +1,49 @@
+"""The compiled CPU kernels: loads the library once and exposes its operators under the backend's function names."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+import torch
+
+_reason = ""
+
+
+def _load() -> str:
+    """Loads the library; returns why it could not, or ""."""
+    path = pathlib.Path(__file__).parent.parent / "_C.abi3.so"
+    if other := os.environ.get("FUSED_CLIP_ADAM_LIBRARY"):  # a sanitizer build, or a path that does not exist
+        path = pathlib.Path(other)
+    if not path.exists():
+        return (
+            f"{path.name} is missing: the package was installed without a C++ compiler. Install one (g++ or clang++), "
+            "then: pip install --no-build-isolation --force-reinstall --no-deps fused_clip_adam"
+        )
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"the library {path.name} does not load under torch {torch.__version__}: {error}"
+    return ""
+
+
+_reason = _load()
+
+
+def unavailable() -> str:
+    """Why the native kernels cannot run here, or ""."""
+    return _reason
+
+
+def capability() -> str:
+    """The instruction set the loops run on: "avx512", "avx2" or "baseline" (env FUSED_CLIP_ADAM_CPU_ISA lowers it)."""
+    return torch.ops.fused_clip_adam.cpu_capability(True)
+
+
+if not _reason:
+    # Overloads, not packets: resolving an overload costs microseconds a call.
+    tensor_table = torch.ops.fused_clip_adam.tensor_table.default
+    grad_square_sum = torch.ops.fused_clip_adam.grad_square_sum.default
+    prologue = torch.ops.fused_clip_adam.prologue.default
+    update_ = torch.ops.fused_clip_adam.update_.default
+    policy_loss = torch.ops.fused_clip_adam.policy_loss.default

@@ -1,0 +1,110 @@
+"""Parameter groups -> batches: parallel lists of tensors of one group, device and dtype, ready for a backend."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclasses.dataclass
+class Batch:
+    """Tensors of one parameter group that share device and dtypes. Lists are parallel; the last two may be empty."""
+
+    group: int
+    device: torch.device
+    params: list[Tensor] = dataclasses.field(default_factory=list)
+    grads: list[Tensor] = dataclasses.field(default_factory=list)
+    exp_avgs: list[Tensor] = dataclasses.field(default_factory=list)
+    exp_avg_sqs: list[Tensor] = dataclasses.field(default_factory=list)
+    max_exp_avg_sqs: list[Tensor] = dataclasses.field(default_factory=list)
+    steps: list[Tensor] = dataclasses.field(default_factory=list)
+    bias_weights: list[Tensor] = dataclasses.field(default_factory=list)
+
+    def tensors(self) -> tuple[list[Tensor], ...]:
+        """The arguments of a backend's `tensor_table`."""
+        return (
+            self.params,
+            self.grads,
+            self.exp_avgs,
+            self.exp_avg_sqs,
+            self.max_exp_avg_sqs,
+            self.steps,
+            self.bias_weights,
+        )
+
+
+def collect(param_groups: list[dict[str, Any]]) -> list[Batch]:
+    """Batches of every parameter that has a gradient, in group order; states are not yet attached.
+
+    Raises:
+        TypeError: sparse, complex or non-floating tensors, or a dtype pair the kernels do not know.
+        ValueError: meta tensors, or a gradient on another device than its parameter.
+    """
+    batches: dict[tuple, Batch] = {}
+    for index, group in enumerate(param_groups):
+        for position, p in enumerate(group["params"]):
+            grad = p.grad
+            if grad is None:
+                continue
+            # Everything a kind of tensor can be refused for is in the key, so it is checked once a kind.
+            kind = (index, type(p), p.device, p.dtype, grad.dtype, grad.device, grad.layout)
+            batch = batches.get(kind)
+            if batch is None:
+                _check_kind(f'param_groups[{index}]["params"][{position}]', p, grad)
+                batch = batches[kind] = Batch(group=index, device=p.device)
+            batch.params.append(p)
+            batch.grads.append(grad)
+    return list(batches.values())
+
+
+def attach_states(
+    batch: Batch, state: dict[Tensor, Any], amsgrad: bool, weigh: bool, new_state: Callable[[Tensor], dict[str, Any]]
+) -> list[Tensor]:
+    """Fills a batch's state lists, creating what is missing; returns the parameters whose state is new.
+
+    Args:
+        weigh: the group varies its betas, so every parameter needs `bias_weights`. They are also used where a
+            parameter has them from before: 1 - beta^step would no longer be its true weight.
+    """
+    fresh = []
+    weights = []
+    for p in batch.params:
+        own = state.get(p)
+        if not own:
+            own = state[p] = new_state(p)
+            fresh.append(p)
+        batch.exp_avgs.append(own["exp_avg"])
+        batch.exp_avg_sqs.append(own["exp_avg_sq"])
+        batch.steps.append(own["step"])
+        if amsgrad:
+            if "max_exp_avg_sq" not in own:
+                own["max_exp_avg_sq"] = torch.zeros_like(own["exp_avg_sq"])
+            batch.max_exp_avg_sqs.append(own["max_exp_avg_sq"])
+        weights.append(own.get("bias_weights"))
+    if weigh or any(w is not None for w in weights):
+        batch.bias_weights = weights  # the optimizer fills in the missing ones: it knows the betas
+    return fresh
+
+
+def _check_kind(name: str, p: Tensor, grad: Tensor) -> None:
+    if is_traceable_wrapper_subclass(p):
+        raise TypeError(f"{name} is a {type(p).__name__}; this version updates plain tensors only (use .to_local())")
+    if p.device.type == "meta" or grad.device.type == "meta":
+        raise ValueError(f"{name} is on the meta device and holds no data; materialise it before step()")
+    if grad.layout is not torch.strided:
+        raise TypeError(f"{name} has a sparse gradient ({grad.layout}); accepted: dense (see torch.optim.SparseAdam)")
+    if p.layout is not torch.strided:
+        raise TypeError(f"{name} has layout {p.layout}; accepted: dense (torch.strided)")
+    if p.dtype not in FLOATING:
+        raise TypeError(f"{name} is {p.dtype}; accepted: float64, float32, bfloat16, float16")
+    if grad.dtype not in (p.dtype, torch.float32):
+        raise TypeError(f"{name} is {p.dtype} with a {grad.dtype} gradient; accepted: {p.dtype} or torch.float32")
+    if grad.device != p.device:
+        raise ValueError(f"{name} is on {p.device} but its gradient on {grad.device}")

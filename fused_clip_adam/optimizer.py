@@ -1,0 +1,489 @@
+"""FusedClipAdamW and FusedClipAdam: torch's AdamW and Adam with gradient clipping and overshoot rules in one pass.
+
+`step()` reads top-down as three phases:
+
+    batches  ->  1 norm  ->  2 prologue (every scalar, on the device)  ->  3 update (one pass over memory)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam as torch_adam
+
+from fused_clip_adam import backends
+from fused_clip_adam.batches import Batch, attach_states, collect
+from fused_clip_adam.objectives.stats import ClipStats
+from fused_clip_adam.rules import (
+    AlignedMomentum,
+    GlobalNorm,
+    MomentumBrake,
+    OnRollout,
+    as_grad_clip,
+    as_overshoot,
+    as_reset,
+    from_plain,
+    to_plain,
+)
+from fused_clip_adam.rules.plain import KEYS as RULE_KEYS
+
+_AS_RULE = {"grad_clip": as_grad_clip, "overshoot": as_overshoot, "reset": as_reset}
+_EXTRA_KEY = "fused_clip_adam"
+"""Where state_dict() keeps what belongs to no parameter: an entry of the first param group, which torch ignores."""
+
+_EXTRAS_DOC = """
+    Keyword Args:
+        grad_clip: None, a positive float (global L2 norm) or a `GradClip` rule. Gradients are scaled as they are
+            read; `.grad` is never written.
+        overshoot: None, "align", "align-element", "cautious", "brake" or an `Overshoot` rule.
+        reset: None or a `Reset` rule.
+        state_dtype: None keeps the moments in the parameter's dtype, as torch does; torch.float32 keeps them in
+            float32.
+        skip_nonfinite: True makes a step whose gradient norm is not finite change nothing.
+        backend: "auto", "cpu" (native kernels) or "reference" (plain torch operations, any device).
+
+    `grad_clip`, `overshoot`, `reset` and the numbers may also be set per param group, and changed between steps.
+
+    State, per parameter: `step`, `exp_avg`, `exp_avg_sq`, with amsgrad `max_exp_avg_sq`, as torch; `bias_weights`
+    (float64 [2], the running bias corrections) only under `MomentumBrake`.
+
+    Raises:
+        ValueError, TypeError: a hyper-parameter or rule out of range, an unknown name, complex parameters.
+        RuntimeError: a backend that cannot run here; torch's own refusals.
+        From `step()`: sparse, complex, meta, mismatched or self-overlapping tensors, parameters that share memory;
+        nothing has been changed then.
+
+    Source: Loshchilov & Hutter 2019 (arXiv 1711.05101), Kingma & Ba 2015 (arXiv 1412.6980); the rules' docstrings.
+"""
+
+
+class _FusedClip:
+    """What FusedClipAdamW and FusedClipAdam add to torch's classes."""
+
+    # GradScaler hands unscaling and the skip of an overflowed step to the kernel (grad_scale, found_inf).
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        grad_clip=None,
+        overshoot=None,
+        reset=None,
+        state_dtype: torch.dtype | None = None,
+        skip_nonfinite: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        if state_dtype not in (None, torch.float32):
+            raise ValueError(f"state_dtype must be None or torch.float32, got {state_dtype!r}")
+        if not isinstance(skip_nonfinite, bool):
+            raise TypeError(f"skip_nonfinite must be a bool, got {skip_nonfinite!r}")
+        self.backend = backends.check_name(backend)
+        self.state_dtype = state_dtype
+        self.skip_nonfinite = skip_nonfinite
+        rules = {"grad_clip": grad_clip, "overshoot": overshoot, "reset": reset}
+        self._default_rules = {key: _AS_RULE[key](value) for key, value in rules.items() if value is not None}
+        self._grad_square_sum = torch.zeros((), dtype=torch.float64)
+        self._steps_skipped = torch.zeros((), dtype=torch.int64)
+        self._observed: Tensor | None = None
+        super().__init__(
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            amsgrad=amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        self.defaults.update(self._default_rules)
+
+    # ------------------------------------------------------------ the step
+
+    def step(self, closure: Callable[[], Any] | None = None):
+        """One optimization step: clip, moments, correction and write-back.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: see the class; nothing has been changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.defaults["differentiable"]:
+            self._differentiable_step()
+            return loss
+        with torch.no_grad():
+            self._step()
+        return loss
+
+    def _step(self) -> None:
+        scalars = [self._checked_scalars(index, group) for index, group in enumerate(self.param_groups)]
+        batches = collect(self.param_groups)
+        if not batches:
+            return
+        device = batches[0].device
+        backend = backends.choose(self.backend, device.type)
+        for batch in batches:
+            if batch.device != device and (backends.choose(self.backend, batch.device.type) is not backend):
+                raise RuntimeError(f"one step cannot mix {device} and {batch.device} parameters under this backend")
+        tables = self._tables(batches, scalars, backend)
+        self._grad_square_sum = self._grad_square_sum.to(device)
+        self._steps_skipped = self._steps_skipped.to(device)
+
+        # 1 norm: only where a rule needs this step's norm before the update; otherwise the update gathers it.
+        needs_norm = self.skip_nonfinite or any(
+            isinstance(g.get("grad_clip"), GlobalNorm) and not g["grad_clip"].lag for g in self.param_groups
+        )
+        square_sums = None
+        if needs_norm:
+            square_sums = torch.stack([backend.grad_square_sum(table).to(device) for table in tables])
+
+        # 2 prologue
+        control = backend.prologue(
+            torch.tensor([self._group_scalars(g, s) for g, s in zip(self.param_groups, scalars)], dtype=torch.float64),
+            square_sums,
+            _as_tensor(getattr(self, "grad_scale", None), device),
+            _as_tensor(getattr(self, "found_inf", None), device),
+            self._observed,
+            self._grad_square_sum,
+            self._steps_skipped,
+            self.skip_nonfinite,
+        )
+        self._observed = None
+
+        # 3 update
+        for batch, table in zip(batches, tables):
+            group = self.param_groups[batch.group]
+            lr, beta1, beta2, eps, weight_decay = scalars[batch.group]
+            rule = group.get("overshoot")
+            block = rule.block if isinstance(rule, AlignedMomentum) and rule.block != "element" else 1
+            backend.update_(
+                table,
+                control,
+                batch.group,
+                lr,
+                beta1,
+                beta2,
+                eps,
+                weight_decay,
+                not group["decoupled_weight_decay"],
+                group["amsgrad"],
+                rule.kernel_code if rule is not None else 0,
+                block,
+                None if needs_norm else self._grad_square_sum,
+            )
+            # Raw writes do not tell autograd: a graph that saved an old parameter must notice.
+            torch.autograd.graph.increment_version(batch.params)
+
+    def _tables(self, batches: list[Batch], scalars: list[tuple], backend) -> list[Any]:
+        """Attaches states and builds every table before anything is changed; on an error new states are taken back."""
+        fresh: list[Tensor] = []
+        try:
+            tables = []
+            for batch in batches:
+                group = self.param_groups[batch.group]
+                weigh = isinstance(group.get("overshoot"), MomentumBrake)
+                fresh += attach_states(
+                    batch, self.state, group["amsgrad"], weigh, lambda p, group=group: self._new_state(p, group)
+                )
+                _, beta1, beta2, _, _ = scalars[batch.group]
+                for i, weights in enumerate(batch.bias_weights):
+                    if weights is None:
+                        step = float(batch.steps[i])
+                        weights = torch.tensor([1 - beta1**step, 1 - beta2**step], dtype=torch.float64)
+                        weights = self.state[batch.params[i]]["bias_weights"] = weights.to(batch.device)
+                        batch.bias_weights[i] = weights
+                tables.append(backend.tensor_table(*batch.tensors()))
+            return tables
+        except Exception:
+            for p in fresh:
+                del self.state[p]
+            raise
+
+    def _new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        on_device = group["capturable"] or group["fused"]
+        step_dtype = torch.float32 if group["fused"] or torch.get_default_dtype() != torch.float64 else torch.float64
+        state = {"step": torch.zeros((), dtype=step_dtype, device=p.device if on_device else "cpu")}
+        for name in ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if group["amsgrad"] else ()):
+            state[name] = torch.zeros_like(p, dtype=self.state_dtype, memory_format=torch.preserve_format)
+        return state
+
+    def _checked_scalars(self, index: int, group: dict[str, Any]) -> tuple[float, float, float, float, float]:
+        """(lr, beta1, beta2, eps, weight_decay) as floats.
+
+        Raises:
+            ValueError: one of them is negative or NaN, or a beta is not below 1.
+        """
+        lr, eps, weight_decay = float(group["lr"]), float(group["eps"]), float(group["weight_decay"])
+        beta1, beta2 = (float(beta) for beta in group["betas"])
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            if not value >= 0.0:
+                raise ValueError(f'param_groups[{index}]["{name}"] must be at least 0, got {value!r}')
+        if not (0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0):
+            raise ValueError(f'param_groups[{index}]["betas"] must lie in [0, 1), got {(beta1, beta2)!r}')
+        if group["differentiable"]:
+            raise ValueError(f"param_groups[{index}]: differentiable is set for the whole optimizer, not per group")
+        for key in RULE_KEYS:  # a scheduler or a user may have set a short name between steps
+            if group.get(key) is not None:
+                group[key] = _AS_RULE[key](group[key])
+        return lr, beta1, beta2, eps, weight_decay
+
+    @staticmethod
+    def _group_scalars(group: dict[str, Any], scalars: tuple) -> list[float]:
+        """One row of the prologue's `group_scalars` (struct GroupScalars of csrc/update_math.h)."""
+        _, beta1, beta2, _, _ = scalars
+        clip, rule = group.get("grad_clip"), group.get("overshoot")
+        brake = rule if isinstance(rule, MomentumBrake) else None
+        return [
+            beta1,
+            beta2,
+            clip.max_norm if clip is not None else -1.0,
+            float(clip is not None and clip.lag),
+            -1.0 if group["maximize"] else 1.0,
+            float(brake.brake_code) if brake else 0.0,
+            brake.strength if brake else 0.0,
+            brake.hold_v if brake else 0.0,
+        ]
+
+    def _differentiable_step(self) -> None:
+        """torch's own differentiable update: autograd has to see every operation, so there is nothing to fuse."""
+        if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
+            raise RuntimeError("differentiable=True does not go with a GradScaler")
+        for group in self.param_groups:
+            lists: tuple[list, ...] = ([], [], [], [], [], [])
+            has_complex = self._init_group(group, *lists)
+            beta1, beta2 = group["betas"]
+            torch_adam(
+                *lists,
+                has_complex=has_complex,
+                beta1=beta1,
+                beta2=beta2,
+                **{k: group[k] for k in ("amsgrad", "lr", "weight_decay", "eps", "maximize", "foreach", "capturable")},
+                differentiable=True,
+                decoupled_weight_decay=group["decoupled_weight_decay"],
+            )
+
+    # ------------------------------------------------------------ what the extras offer
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """The last step's global gradient norm before clipping, after unscaling: float32, 0-d, on the device.
+
+        0 before the first step. Reading it costs no pass over memory and no host sync.
+        """
+        return self._grad_square_sum.sqrt().to(torch.float32)
+
+    @property
+    def step_count_skipped(self) -> Tensor:
+        """Steps skipped so far because of `skip_nonfinite` or a GradScaler's `found_inf`: int64, 0-d."""
+        return self._steps_skipped
+
+    def observe(self, stats: ClipStats) -> None:
+        """Hands the next step what an objective clipped; several calls before one step add up.
+
+        Args:
+            stats: from `policy_loss` or `clip_stats`. Only rules that need it (`MomentumBrake`) read it.
+
+        Raises:
+            TypeError: not a ClipStats.
+        """
+        if not isinstance(stats, ClipStats):
+            raise TypeError(f"observe expects a ClipStats, got {type(stats).__name__}")
+        mass = torch.stack([stats.suppressed_mass, stats.total_mass]).detach()
+        self._observed = mass if self._observed is None else self._observed + mass.to(self._observed.device)
+
+    @torch.no_grad()
+    def reset_momentum(self, moments: bool = True, counters: bool = True) -> None:
+        """Forgets now, on the device, for every parameter.
+
+        Args:
+            moments: zero `exp_avg`, `exp_avg_sq` and `max_exp_avg_sq`.
+            counters: zero `step` and `bias_weights`, so that bias correction starts anew.
+
+        Raises:
+            ValueError: neither is asked for.
+        """
+        if not (moments or counters):
+            raise ValueError("reset_momentum: at least one of moments and counters must be True")
+        for group in self.param_groups:
+            self._reset_group(group, moments, counters)
+
+    @torch.no_grad()
+    def new_rollout(self) -> None:
+        """Marks the start of a new batch of rollouts: groups with an `OnRollout` rule reset as it says."""
+        for group in self.param_groups:
+            rule = as_reset(group.get("reset"))
+            if isinstance(rule, OnRollout):
+                self._reset_group(group, rule.moments, rule.counters)
+
+    def _reset_group(self, group: dict[str, Any], moments: bool, counters: bool) -> None:
+        names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if moments else ()
+        names += ("step", "bias_weights") if counters else ()
+        for p in group["params"]:
+            own = self.state.get(p, {})
+            for name in names:
+                if name in own:
+                    own[name].zero_()
+
+    # ------------------------------------------------------------ groups, state dicts, pickling
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; the group may set its own `grad_clip`, `overshoot` and `reset`.
+
+        Raises:
+            TypeError, ValueError: complex parameters, an unknown rule, or a rule beside differentiable=True.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
+        rules = {**self._default_rules, **{key: param_group[key] for key in RULE_KEYS if key in param_group}}
+        rules = {key: _AS_RULE[key](value) for key, value in rules.items()}
+        differentiable = param_group.get("differentiable", self.defaults["differentiable"])
+        if differentiable and (any(rule is not None for rule in rules.values()) or self.skip_nonfinite):
+            raise ValueError(
+                "differentiable=True runs torch's own update and goes with none of grad_clip, overshoot, reset, "
+                "skip_nonfinite"
+            )
+        params = param_group.get("params")
+        if isinstance(params, Tensor):
+            params = [params]
+        elif params is not None:
+            params = list(params)
+        for p in params or ():
+            p = p[1] if isinstance(p, tuple) else p
+            if isinstance(p, Tensor) and p.is_complex():
+                raise TypeError(f"{type(self).__name__} does not support complex parameters, got {p.dtype}")
+        super().add_param_group({**param_group, "params": params, **{k: r for k, r in rules.items() if r is not None}})
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's. Rules appear as plain dicts, so that `torch.load(weights_only=True)` and torch.optim read it."""
+        out = super().state_dict()
+        has_rules = False
+        for group in out["param_groups"]:
+            for key in RULE_KEYS:
+                if group.get(key) is not None:
+                    group[key] = to_plain(_AS_RULE[key](group[key]))
+                    has_rules = True
+        if has_rules or self.skip_nonfinite:
+            out["param_groups"][0][_EXTRA_KEY] = {
+                "grad_square_sum": self._grad_square_sum.clone(),
+                "steps_skipped": self._steps_skipped.clone(),
+                "observed": None if self._observed is None else self._observed.clone(),
+            }
+        return out
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, from our state dict or torch's. Loaded tensors are copied: nothing is shared with `state_dict`.
+
+        A rule the saved groups do not name stays as constructed.
+
+        Raises:
+            ValueError: groups or parameters differ in number, or a saved rule is unknown; nothing has been changed.
+        """
+        loaded: dict[str, Any] = {}
+
+        def parse(_, final: dict[str, Any]) -> None:  # runs after the user's pre-hooks, before anything is changed
+            loaded["state"] = final["state"]
+            loaded["groups"] = [list(g["params"]) for g in final["param_groups"]]
+            loaded["rules"] = [
+                {k: from_plain(k, g[k]) if isinstance(g[k], dict) else _AS_RULE[k](g[k]) for k in RULE_KEYS if k in g}
+                for g in final["param_groups"]
+            ]
+
+        constructed = [{key: g[key] for key in RULE_KEYS if key in g} for g in self.param_groups]
+        hook = self.register_load_state_dict_pre_hook(parse)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        extra = None
+        for group, rules, before, ids in zip(self.param_groups, loaded["rules"], constructed, loaded["groups"]):
+            extra = group.pop(_EXTRA_KEY, extra)
+            group.update({**before, **rules})
+            for p, saved_id in zip(group["params"], ids):
+                saved = loaded["state"].get(saved_id, {})
+                own = self.state.get(p, {})
+                for name, value in own.items():
+                    if isinstance(value, Tensor):
+                        own[name] = self._copy_loaded(name, value, saved.get(name, value), p)
+        if extra is not None:
+            self._grad_square_sum = extra["grad_square_sum"].clone()
+            self._steps_skipped = extra["steps_skipped"].clone()
+            self._observed = None if extra["observed"] is None else extra["observed"].clone()
+
+    def _copy_loaded(self, name: str, value: Tensor, saved: Any, p: Tensor) -> Tensor:
+        # torch casts every floating state to the parameter's dtype; ours may be wider.
+        if not isinstance(saved, Tensor):
+            return value.clone()
+        if name == "bias_weights":
+            return saved.to(p.device, torch.float64, copy=True)
+        if name != "step" and self.state_dtype is not None:
+            return saved.to(p.device, self.state_dtype, copy=True)
+        return value.clone()
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("backend", "state_dtype", "skip_nonfinite", "_default_rules", "_grad_square_sum", "_steps_skipped")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in (*names, "_observed")}}
+
+
+class FusedClipAdamW(_FusedClip, torch.optim.AdamW):
+    __doc__ = (
+        """torch.optim.AdamW with unscale, clip, moments, correction and write-back in one pass over memory.
+
+    gradients -> norm (only if a rule needs it) -> prologue -> update
+
+    With every extra off it is torch.optim.AdamW: same defaults, state, param_groups and state_dict. `foreach` and
+    `fused` are accepted and change nothing but where `step` lives, as in torch; `differentiable=True` runs torch's
+    own update.
+
+    Args:
+        params, lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused: as
+            torch.optim.AdamW; weight decay is decoupled, default 1e-2.
+"""
+        + _EXTRAS_DOC
+    )
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, amsgrad=False, **options):
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)
+
+
+class FusedClipAdam(_FusedClip, torch.optim.Adam):
+    __doc__ = (
+        """torch.optim.Adam (weight decay as an L2 term of the gradient, default 0) with the extras of FusedClipAdamW.
+
+    The L2 term is added after clipping, as where `clip_grad_norm_` precedes torch.optim.Adam.
+
+    Args:
+        params, lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused: as
+            torch.optim.Adam.
+"""
+        + _EXTRAS_DOC
+    )
+
+
+def _as_tensor(value: Any, device: torch.device) -> Tensor | None:
+    if value is None or isinstance(value, Tensor):
+        return value if value is None else value.detach().to(device)
+    return torch.tensor(float(value), dtype=torch.float64, device=device)

@@ -1,0 +1,22 @@
+"""Rules: small frozen dataclasses that say what a step should do; a rule knows its scalars, not how a kernel runs."""
+
+from fused_clip_adam.rules.grad_clip import GlobalNorm, GradClip, as_grad_clip
+from fused_clip_adam.rules.overshoot import AlignedMomentum, Cautious, MomentumBrake, Overshoot, as_overshoot
+from fused_clip_adam.rules.plain import from_plain, to_plain
+from fused_clip_adam.rules.reset import OnRollout, Reset, as_reset
+
+__all__ = [
+    "AlignedMomentum",
+    "Cautious",
+    "GlobalNorm",
+    "GradClip",
+    "MomentumBrake",
+    "OnRollout",
+    "Overshoot",
+    "Reset",
+    "as_grad_clip",
+    "as_overshoot",
+    "as_reset",
+    "from_plain",
+    "to_plain",
+]

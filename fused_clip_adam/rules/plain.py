@@ -1,0 +1,37 @@
+"""Rules as plain data, so that a state dict holds no class of ours and `torch.load(weights_only=True)` reads it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+KEYS = ("grad_clip", "overshoot", "reset")
+"""The parameter-group keys that hold rules."""
+
+
+def to_plain(rule: Any) -> dict[str, Any]:
+    """`AlignedMomentum(block=1024)` -> `{"rule": "AlignedMomentum", "block": 1024}`."""
+    return {"rule": type(rule).__name__, **dataclasses.asdict(rule)}
+
+
+def from_plain(key: str, value: dict[str, Any]) -> Any:
+    """The rule that `to_plain` wrote for a group's `key`.
+
+    Raises:
+        ValueError: the name is no rule of this version for that key.
+    """
+    from fused_clip_adam.rules.grad_clip import GlobalNorm
+    from fused_clip_adam.rules.overshoot import AlignedMomentum, Cautious, MomentumBrake
+    from fused_clip_adam.rules.reset import OnRollout
+
+    known = {
+        "grad_clip": (GlobalNorm,),
+        "overshoot": (AlignedMomentum, Cautious, MomentumBrake),
+        "reset": (OnRollout,),
+    }[key]
+    fields = dict(value)
+    name = fields.pop("rule", None)
+    for rule in known:
+        if rule.__name__ == name:
+            return rule(**fields)
+    raise ValueError(f"{key} rule {name!r} is unknown; accepted: {[rule.__name__ for rule in known]}")

@@ -1,0 +1,116 @@
+"""The step's test cases as data: shapes, dtypes, rules, tolerances."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+import fused_clip_adam as fca
+
+SHAPES = {
+    "0-d": (),
+    "empty": (0,),
+    "empty 2-d": (3, 0, 2),
+    "one": (1,),
+    "three": (3,),
+    "2^k - 1": (1023,),
+    "2^k": (1024,),
+    "2^k + 1": (1025,),
+    "matrix": (33, 65),
+    "two chunks": (65536 + 17,),
+}
+
+RULES = {
+    "adamw": {},
+    "clip": dict(grad_clip=0.7),
+    "clip lagged": dict(grad_clip=fca.GlobalNorm(0.7, lag=True)),
+    "align": dict(overshoot="align"),
+    "align 7": dict(overshoot=fca.AlignedMomentum(block=7)),
+    "align 4096": dict(overshoot=fca.AlignedMomentum(block=4096)),
+    "align element": dict(overshoot="align-element"),
+    "cautious": dict(overshoot="cautious"),
+    "brake": dict(overshoot=fca.MomentumBrake(0.7, hold_v=0.3)),
+    "brake damp": dict(overshoot=fca.MomentumBrake(0.7, mode="damp")),
+    "amsgrad": dict(amsgrad=True),
+    "maximize": dict(maximize=True, grad_clip=0.7, overshoot="align"),
+}
+
+CLASSES = {"AdamW": (fca.FusedClipAdamW, torch.optim.AdamW), "Adam": (fca.FusedClipAdam, torch.optim.Adam)}
+
+EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+
+
+def tolerance(dtype: torch.dtype, steps: int) -> float:
+    """Largest error over the largest magnitude: at most 8 roundings of half an eps a step, in the storage type."""
+    return 4 * steps * EPS[dtype]
+
+
+def make_params(dtype: torch.dtype, seed: int = 0, shapes=SHAPES) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes.values()]
+
+
+def make_grads(params: list[torch.Tensor], steps: int, seed: int = 1) -> list[list[torch.Tensor]]:
+    """Gradients of every step. Every third step of every second tensor is zero, as after a full clip."""
+    generator = torch.Generator().manual_seed(seed)
+    grads = []
+    for step in range(steps):
+        now = [torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype) for p in params]
+        if step % 3 == 2:
+            now = [g if i % 2 else torch.zeros_like(g) for i, g in enumerate(now)]
+        grads.append(now)
+    return grads
+
+
+def make_stats(step: int) -> fca.ClipStats:
+    """Statistics with a suppressed fraction that differs from step to step."""
+    buffer = torch.zeros(14)
+    buffer[4], buffer[5] = (step * 0.37) % 1.0, 1.0
+    return fca.ClipStats(buffer)
+
+
+def run(cls, params, grads, *, observe: bool = True, **options):
+    """Trains copies of `params`; returns the optimizer and its parameters."""
+    own = [p.clone().requires_grad_() for p in params]
+    opt = cls(own, lr=0.01, weight_decay=0.1, **options)
+    for step, now in enumerate(grads):
+        for p, g in zip(own, now):
+            p.grad = g.to(p.dtype).clone()
+        if observe:
+            opt.observe(make_stats(step))
+        opt.step()
+    return opt, own
+
+
+def results(opt, params) -> list[torch.Tensor]:
+    """Everything a step writes, in a fixed order."""
+    out = []
+    for p in params:
+        out.append(p.detach())
+        out += [value for _, value in sorted(opt.state[p].items())]
+    return out
+
+
+def largest_error(got: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """The largest |got - expected| over the largest |expected| of the same tensor."""
+    worst = 0.0
+    for x, y in zip(got, expected, strict=True):
+        assert x.shape == y.shape
+        assert bool(x.isfinite().all()), "a result is not finite"
+        if x.numel():
+            worst = max(worst, float((x.double() - y.double()).abs().max() / y.double().abs().max().clamp(min=1e-30)))
+    return worst
+
+
+def bitwise_equal(x: list[torch.Tensor], y: list[torch.Tensor]) -> bool:
+    return all(a.dtype == b.dtype and a.numpy(force=True).tobytes() == b.numpy(force=True).tobytes() for a, b in
+               zip(map(_bytes, x), map(_bytes, y), strict=True))  # fmt: skip
+
+
+def _bytes(x: torch.Tensor) -> torch.Tensor:
+    x = x.detach().contiguous()
+    return x.reshape(-1).view(torch.uint8) if x.numel() else x.reshape(-1).to(torch.uint8)
+
+
+NAN = math.nan
