@@ -21,11 +21,14 @@ venv: .venv/ready  ## create .venv and build the library
 	touch $@
 
 .venv/installed: .venv/created pyproject.toml
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[test,demo,dev]'
+	FUSED_CLIP_ADAM_BUILD=none $(BIN)/python -m pip install --quiet --progress-bar off \
+		--no-build-isolation --editable '.[test,demo,dev]'
 	touch $@
 
 .venv/ready: .venv/installed $(SOURCES)
-	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python setup.py --quiet build_ext --inplace
+	@echo "building the CPU library (about a minute)"
+	@PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python setup.py --quiet build_ext --inplace >build.log 2>&1 || \
+		{ cat build.log; exit 1; }
 	touch $@
 
 test: venv      ## the whole test suite
@@ -71,4 +74,4 @@ wheel: venv     ## one cp310-abi3 wheel in dist/
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
 clean:          ## remove everything `make` created
-	rm -rf .venv build dist demo_out *.egg-info fused_clip_adam/*.so
+	rm -rf .venv build build.log dist demo_out *.egg-info fused_clip_adam/*.so

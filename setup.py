@@ -1,4 +1,4 @@
-"""Chooses what to compile (FUSED_CLIP_ADAM_BUILD=auto|none|cpu) and lists the sources; see pyproject.toml for the rest."""
+"""What to compile (FUSED_CLIP_ADAM_BUILD=auto|none|cpu) and from which sources; pyproject.toml holds the rest."""
 
 import os
 import shutil

@@ -65,32 +65,36 @@ def collect(param_groups: list[dict[str, Any]]) -> list[Batch]:
 
 
 def attach_states(
-    batch: Batch, state: dict[Tensor, Any], amsgrad: bool, weigh: bool, new_state: Callable[[Tensor], dict[str, Any]]
-) -> list[Tensor]:
-    """Fills a batch's state lists, creating what is missing; returns the parameters whose state is new.
+    batch: Batch,
+    state: dict[Tensor, Any],
+    amsgrad: bool,
+    weigh: bool,
+    new_state: Callable[[Tensor], dict[str, Any]],
+    added: list[tuple[dict, Any]],
+) -> None:
+    """Fills a batch's state lists, creating what is missing; `added` receives (dict, key) of every new entry.
 
     Args:
         weigh: the group varies its betas, so every parameter needs `bias_weights`. They are also used where a
             parameter has them from before: 1 - beta^step would no longer be its true weight.
     """
-    fresh = []
     weights = []
     for p in batch.params:
         own = state.get(p)
         if not own:
             own = state[p] = new_state(p)
-            fresh.append(p)
+            added.append((state, p))
         batch.exp_avgs.append(own["exp_avg"])
         batch.exp_avg_sqs.append(own["exp_avg_sq"])
         batch.steps.append(own["step"])
         if amsgrad:
             if "max_exp_avg_sq" not in own:
                 own["max_exp_avg_sq"] = torch.zeros_like(own["exp_avg_sq"])
+                added.append((own, "max_exp_avg_sq"))
             batch.max_exp_avg_sqs.append(own["max_exp_avg_sq"])
         weights.append(own.get("bias_weights"))
     if weigh or any(w is not None for w in weights):
         batch.bias_weights = weights  # the optimizer fills in the missing ones: it knows the betas
-    return fresh
 
 
 def _check_kind(name: str, p: Tensor, grad: Tensor) -> None:

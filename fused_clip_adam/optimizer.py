@@ -96,8 +96,8 @@ class _FusedClip:
         self.skip_nonfinite = skip_nonfinite
         rules = {"grad_clip": grad_clip, "overshoot": overshoot, "reset": reset}
         self._default_rules = {key: _AS_RULE[key](value) for key, value in rules.items() if value is not None}
-        self._grad_square_sum = torch.zeros((), dtype=torch.float64)
-        self._steps_skipped = torch.zeros((), dtype=torch.int64)
+        self._grad_square_sum = torch.zeros((), dtype=torch.float64, device="cpu")
+        self._steps_skipped = torch.zeros((), dtype=torch.int64, device="cpu")
         self._observed: Tensor | None = None
         super().__init__(
             params,
@@ -149,29 +149,36 @@ class _FusedClip:
         for batch in batches:
             if batch.device != device and (backends.choose(self.backend, batch.device.type) is not backend):
                 raise RuntimeError(f"one step cannot mix {device} and {batch.device} parameters under this backend")
-        tables = self._tables(batches, scalars, backend)
         self._grad_square_sum = self._grad_square_sum.to(device)
         self._steps_skipped = self._steps_skipped.to(device)
+        added: list[tuple[dict, Any]] = []
+        try:
+            tables = self._tables(batches, scalars, backend, added)
 
-        # 1 norm: only where a rule needs this step's norm before the update; otherwise the update gathers it.
-        needs_norm = self.skip_nonfinite or any(
-            isinstance(g.get("grad_clip"), GlobalNorm) and not g["grad_clip"].lag for g in self.param_groups
-        )
-        square_sums = None
-        if needs_norm:
-            square_sums = torch.stack([backend.grad_square_sum(table).to(device) for table in tables])
+            # 1 norm: only where a rule needs this step's norm before the update; otherwise the update gathers it.
+            needs_norm = self.skip_nonfinite or any(
+                isinstance(g.get("grad_clip"), GlobalNorm) and not g["grad_clip"].lag for g in self.param_groups
+            )
+            square_sums = None
+            if needs_norm:
+                square_sums = torch.stack([backend.grad_square_sum(table).to(device) for table in tables])
 
-        # 2 prologue
-        control = backend.prologue(
-            torch.tensor([self._group_scalars(g, s) for g, s in zip(self.param_groups, scalars)], dtype=torch.float64),
-            square_sums,
-            _as_tensor(getattr(self, "grad_scale", None), device),
-            _as_tensor(getattr(self, "found_inf", None), device),
-            self._observed,
-            self._grad_square_sum,
-            self._steps_skipped,
-            self.skip_nonfinite,
-        )
+            # 2 prologue
+            rows = [self._group_scalars(g, s) for g, s in zip(self.param_groups, scalars)]
+            control = backend.prologue(
+                torch.tensor(rows, dtype=torch.float64, device="cpu"),
+                square_sums,
+                _as_tensor(getattr(self, "grad_scale", None), device),
+                _as_tensor(getattr(self, "found_inf", None), device),
+                self._observed,
+                self._grad_square_sum,
+                self._steps_skipped,
+                self.skip_nonfinite,
+            )
+        except Exception:
+            for owner, key in reversed(added):
+                del owner[key]
+            raise
         self._observed = None
 
         # 3 update
@@ -198,30 +205,26 @@ class _FusedClip:
             # Raw writes do not tell autograd: a graph that saved an old parameter must notice.
             torch.autograd.graph.increment_version(batch.params)
 
-    def _tables(self, batches: list[Batch], scalars: list[tuple], backend) -> list[Any]:
-        """Attaches states and builds every table before anything is changed; on an error new states are taken back."""
-        fresh: list[Tensor] = []
-        try:
-            tables = []
-            for batch in batches:
-                group = self.param_groups[batch.group]
-                weigh = isinstance(group.get("overshoot"), MomentumBrake)
-                fresh += attach_states(
-                    batch, self.state, group["amsgrad"], weigh, lambda p, group=group: self._new_state(p, group)
-                )
-                _, beta1, beta2, _, _ = scalars[batch.group]
-                for i, weights in enumerate(batch.bias_weights):
-                    if weights is None:
-                        step = float(batch.steps[i])
-                        weights = torch.tensor([1 - beta1**step, 1 - beta2**step], dtype=torch.float64)
-                        weights = self.state[batch.params[i]]["bias_weights"] = weights.to(batch.device)
-                        batch.bias_weights[i] = weights
-                tables.append(backend.tensor_table(*batch.tensors()))
-            return tables
-        except Exception:
-            for p in fresh:
-                del self.state[p]
-            raise
+    def _tables(self, batches: list[Batch], scalars: list[tuple], backend, added: list[tuple[dict, Any]]) -> list[Any]:
+        """Attaches states and builds every table before anything is changed; notes in `added` what is new."""
+        tables = []
+        for batch in batches:
+            group = self.param_groups[batch.group]
+            weigh = isinstance(group.get("overshoot"), MomentumBrake)
+            attach_states(
+                batch, self.state, group["amsgrad"], weigh, lambda p, group=group: self._new_state(p, group), added
+            )
+            _, beta1, beta2, _, _ = scalars[batch.group]
+            for i, weights in enumerate(batch.bias_weights):
+                if weights is None:
+                    step = float(batch.steps[i])
+                    own = self.state[batch.params[i]]
+                    weights = [1 - beta1**step, 1 - beta2**step]
+                    own["bias_weights"] = torch.tensor(weights, dtype=torch.float64, device=batch.device)
+                    added.append((own, "bias_weights"))
+                    batch.bias_weights[i] = own["bias_weights"]
+            tables.append(backend.tensor_table(*batch.tensors()))
+        return tables
 
     def _new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         on_device = group["capturable"] or group["fused"]
@@ -369,7 +372,7 @@ class _FusedClip:
         params = param_group.get("params")
         if isinstance(params, Tensor):
             params = [params]
-        elif params is not None:
+        elif params is not None and not isinstance(params, set):  # torch refuses sets: they have no order
             params = list(params)
         for p in params or ():
             p = p[1] if isinstance(p, tuple) else p

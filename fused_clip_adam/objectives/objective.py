@@ -1,4 +1,4 @@
-"""What an objective tells a backend: the token rule, its bounds, and whose ratio it is, the token's or the sequence's."""
+"""What an objective tells a backend: the token rule, its bounds, and whether the ratio is a token's or a sequence's."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def as_grad_clip(value: Any) -> GradClip | None:
     Raises:
         TypeError: anything else. ValueError: the number is not positive.
     """
-    if value is None or isinstance(value, GradClip):
+    if value is None or isinstance(value, GlobalNorm):
         return value
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return GlobalNorm(value)

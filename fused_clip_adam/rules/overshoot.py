@@ -10,6 +10,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 
+_MAX_BLOCK = 2**48
+"""More than a tensor can hold, and sums of two of them stay far inside int64."""
+
+
 class Overshoot:
     """Base of the rules accepted as `overshoot=`."""
 
@@ -28,7 +32,7 @@ class AlignedMomentum(Overshoot):
         block: number of consecutive elements (row-major, from each tensor's start) that share one k, or "element".
 
     Raises:
-        ValueError: `block` is neither a positive int nor "element".
+        ValueError: `block` is neither an int from 1 to 2^48 nor "element".
 
     Source: this project; evidence in the README. Per element it is the gate of Cautious (arXiv 2411.16085) applied to
     the old momentum only.
@@ -39,8 +43,8 @@ class AlignedMomentum(Overshoot):
     def __post_init__(self) -> None:
         if self.block == "element":
             return
-        if isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 1:
-            raise ValueError(f'AlignedMomentum: block must be a positive int or "element", got {self.block!r}')
+        if isinstance(self.block, bool) or not isinstance(self.block, int) or not 1 <= self.block <= _MAX_BLOCK:
+            raise ValueError(f'AlignedMomentum: block must be an int from 1 to 2^48 or "element", got {self.block!r}')
 
     @property
     def kernel_code(self) -> int:  # type: ignore[override]
@@ -70,7 +74,8 @@ class MomentumBrake(Overshoot):
         strength: in [0, 1]; 1 removes the momentum of a fully clipped step.
         mode: "renormalise" gives the gradient the weight that momentum lost (b = 1 - a); "damp" does not
             (b = 1 - beta1, bias correction as in Adam).
-        hold_v: in [0, 1]; slows the second moment as well, 1 - beta2 becomes (1 - beta2)(1 - hold_v c).
+        hold_v: in [0, 1); slows the second moment as well, 1 - beta2 becomes (1 - beta2)(1 - hold_v c). Not 1: a
+            fully clipped first step would leave the second moment no weight to divide by.
 
     State: `bias_weights`, float64 [2] per parameter: the running (W1, W2) that replace 1 - beta^step.
 
@@ -86,10 +91,10 @@ class MomentumBrake(Overshoot):
     needs_stats: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for name in ("strength", "hold_v"):
-            value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and 0.0 <= value <= 1.0):
-                raise ValueError(f"MomentumBrake: {name} must be in [0, 1], got {value!r}")
+        if not (isinstance(self.strength, (int, float)) and 0.0 <= self.strength <= 1.0):
+            raise ValueError(f"MomentumBrake: strength must be in [0, 1], got {self.strength!r}")
+        if not (isinstance(self.hold_v, (int, float)) and 0.0 <= self.hold_v < 1.0):
+            raise ValueError(f"MomentumBrake: hold_v must be in [0, 1), got {self.hold_v!r}")
         if self.mode not in ("renormalise", "damp"):
             raise ValueError(f'MomentumBrake: mode must be "renormalise" or "damp", got {self.mode!r}')
 
@@ -104,7 +109,7 @@ def as_overshoot(value: Any) -> Overshoot | None:
     Raises:
         ValueError: an unknown name. TypeError: neither of the three.
     """
-    if value is None or isinstance(value, Overshoot):
+    if value is None or isinstance(value, (AlignedMomentum, Cautious, MomentumBrake)):
         return value
     if isinstance(value, str):
         names = {

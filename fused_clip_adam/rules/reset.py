@@ -40,6 +40,6 @@ def as_reset(value: Any) -> Reset | None:
     Raises:
         TypeError: anything else.
     """
-    if value is None or isinstance(value, Reset):
+    if value is None or isinstance(value, OnRollout):
         return value
     raise TypeError(f"reset must be None or a Reset rule, got {value!r}")
