@@ -58,7 +58,7 @@ format: venv    ## let ruff and clang-format change files
 ASAN := build/asan/_C.abi3.so
 $(ASAN): $(SOURCES) | venv
 	mkdir -p build/asan
-	$(or $(CXX),g++) -shared -fPIC -O1 -g -std=c++17 -fno-math-errno -ffp-contract=off \
+	$(or $(CXX),g++) -shared -fPIC -O1 -g -std=c++17 -fno-math-errno -fno-trapping-math -ffp-contract=off \
 		-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer \
 		-DTORCH_TARGET_VERSION=0x020a000000000000 -Icsrc \
 		-I$$($(BIN)/python -c 'import torch.utils.cpp_extension as c; print(c.include_paths()[0])') \

@@ -18,11 +18,13 @@ HEADERS = [f"csrc/{name}.h" for name in ("update_math", "objective_math", "check
 HEADERS += [f"csrc/cpu/{name}.h" for name in ("isa", "table", "tile")]
 
 # No contraction to fused multiply-add: every instruction set gives the bits of the written equations. Without
-# -fno-math-errno g++ does not vectorise the square root.
+# -fno-math-errno g++ does not vectorise the square root, without -fno-trapping-math not the selects; neither changes a
+# value.
 COMPILE_ARGS = [
     "-O3",
     "-std=c++17",
     "-fno-math-errno",
+    "-fno-trapping-math",
     "-ffp-contract=off",
     "-fvisibility=hidden",
     "-Wno-unknown-pragmas",

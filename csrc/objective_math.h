@@ -27,9 +27,23 @@ FCA_INLINE To bit_cast(From x) {
   return out;
 }
 
+// Both sides are evaluated: a loop of selects has no control flow, so that compilers vectorise it.
 template <typename T>
-FCA_INLINE bool is_finite(T x) {
-  return x - x == T(0);  // inf - inf and NaN - NaN are NaN
+FCA_INLINE T select(bool condition, T yes, T no) {
+  return condition ? yes : no;
+}
+
+// A condition as 1 or 0 of the arithmetic type: products and sums of these vectorise where chains of bools do not.
+template <typename T>
+FCA_INLINE T mask(bool condition) {
+  return condition ? T(1) : T(0);
+}
+
+// clip(x, low, high); a NaN stays NaN.
+template <typename T>
+FCA_INLINE T clip(T x, T low, T high) {
+  x = select(x < low, low, x);
+  return select(x > high, high, x);
 }
 
 // Values past these become them, so that no later product or sum meets inf * 0 or inf - inf. 2^127 is finite in
@@ -39,13 +53,12 @@ FCA_INLINE double saturation(double) { return 0x1p960; }
 
 template <typename T>
 FCA_INLINE T saturate(T x, T most = saturation(T())) {
-  return x > most ? most : (x < -most ? -most : x);
+  return clip(x, -most, most);
 }
 
 template <typename T>
 FCA_INLINE T clamp_log_ratio(T d) {
-  const T bound = T(kMaxLogRatio);
-  return d > bound ? bound : (d < -bound ? -bound : d);
+  return clip(d, T(-kMaxLogRatio), T(kMaxLogRatio));
 }
 
 // exp for |x| <= 20 by range reduction to |f| <= ln2/2 and a Taylor polynomial: 2^n e^f, x = n ln2 + f.
@@ -98,48 +111,73 @@ struct Bounds {
 template <typename T>
 struct Token {
   T loss, grad;
-  bool clipped_low, clipped_high, clipped_dual;
+  T clipped_low, clipped_high, clipped_dual;  // 1 or 0
 };
+
+template <typename T>
+FCA_INLINE bool near_zero(T x) {
+  const T half_ln2 = T(0.34657359027997264);  // the range the polynomial is made for
+  return select(x < T(0), -x, x) <= half_ln2;
+}
+
+// e^x - 1 - x, from the polynomial itself near 0, where the difference would keep no digit of the exponential.
+template <typename T>
+FCA_INLINE T exp_beyond_linear(T x, T exp_x) {
+  T q = sizeof(T) == 8 ? T(1.0 / 6227020800.0) : T(0);
+  if (sizeof(T) == 8) {
+    q = q * x + T(1.0 / 479001600.0);
+    q = q * x + T(1.0 / 39916800.0);
+    q = q * x + T(1.0 / 3628800.0);
+    q = q * x + T(1.0 / 362880.0);
+    q = q * x + T(1.0 / 40320.0);
+  }
+  q = q * x + T(1.0 / 5040.0);
+  q = q * x + T(1.0 / 720.0);
+  q = q * x + T(1.0 / 120.0);
+  q = q * x + T(1.0 / 24.0);
+  q = q * x + T(1.0 / 6.0);
+  q = q * x + T(0.5);
+  return select(near_zero(x), x * x * q, exp_x - T(1) - x);
+}
 
 // PPO:  loss = -min(min(r, cap) A, clip(r, low, high) A), for A < 0 also at most -dual A
 //       grad = -A r K, K = 0 where A > 0, r > high | A < 0, r < low | A < 0, r > dual | r > cap
-//       (cap < high leaves A < 0, cap < r <= high on the clipped branch, which still moves with r: K = 1)
+//       (cap < r <= high leaves A < 0 on the clipped branch, which still moves with r: K = 1)
 template <typename T>
 FCA_INLINE Token<T> ppo_token(T r, T A, const Bounds<T>& bound) {
-  const T inner = r < bound.low ? bound.low : (r > bound.high ? bound.high : r);
-  const T capped = r > bound.cap ? bound.cap : r;
-  const T x = capped * A, y = inner * A;
-  T loss = -(x < y ? x : y);
-  const T floor = -bound.dual * A;
-  loss = (A < T(0)) & (floor < loss) ? floor : loss;
+  const T x = select(r > bound.cap, bound.cap, r) * A;
+  const T y = clip(r, bound.low, bound.high) * A;
+  const T loss = -select(x < y, x, y);
+  const T most = -bound.dual * A;
 
-  const bool low = (A < T(0)) & (r < bound.low);
-  const bool high = (A > T(0)) & (r > bound.high);
-  const bool dual = (A < T(0)) & (r > bound.dual);
-  const bool inside = (A < T(0)) & (r >= bound.low) & (r <= bound.high) & (bound.cap < bound.high);
-  const bool capped_flat = (r > bound.cap) & !inside;
-  const bool keep = !(low | high | dual | capped_flat);
-  return {loss, keep ? -A * r : T(0), low, high, dual};
+  const T gain = mask<T>(A > T(0)), harm = mask<T>(A < T(0));
+  const T low = harm * mask<T>(r < bound.low);
+  const T high = gain * mask<T>(r > bound.high);
+  const T dual = harm * mask<T>(r > bound.dual);
+  const T inside = harm * mask<T>(r >= bound.low) * mask<T>(r <= bound.high);
+  const T flat = low + high + dual + mask<T>(r > bound.cap) * (T(1) - inside);
+  const T bounded = select(most < loss, most, loss);
+  return {select(A < T(0), bounded, loss), select(flat > T(0), T(0), -A * r), low, high, dual};
 }
 
 // CISPO: loss = -sg(clip(r, low, high)) A logp ; grad = -A clip(r, low, high), never zero
 template <typename T>
 FCA_INLINE Token<T> cispo_token(T r, T A, T logp, const Bounds<T>& bound) {
-  const T weight = r < bound.low ? bound.low : (r > bound.high ? bound.high : r);
-  const bool low = (A < T(0)) & (r < bound.low);
-  const bool high = (A > T(0)) & (r > bound.high);
-  const T pull = saturate(A * weight);
-  return {-pull * logp, -pull, low, high, false};
+  const T low = mask<T>(A < T(0)) * mask<T>(r < bound.low);
+  const T high = mask<T>(A > T(0)) * mask<T>(r > bound.high);
+  const T pull = saturate(A * clip(r, bound.low, bound.high));
+  return {-pull * logp, -pull, low, high, T(0)};
 }
 
 // KL to a reference, x = logp - ref_logp: k1 = x ; k2 = x^2 / 2 ; k3 = e^-x - 1 + x with dk3 = 1 - e^-x ;
 // k3+ has k3's value and k2's gradient.
-template <typename T>
-FCA_INLINE void kl_token(T x, KlEstimator estimator, T& value, T& grad) {
+template <typename T, KlEstimator KL>
+FCA_INLINE void kl_token(T x, T& value, T& grad) {
   const T e = exp_clamped(clamp_log_ratio(-x));
-  const T k3 = e - T(1) + x;
-  value = estimator == KlEstimator::K1 ? x : (estimator == KlEstimator::K2 ? T(0.5) * x * x : k3);
-  grad = estimator == KlEstimator::K1 ? T(1) : (estimator == KlEstimator::K3 ? T(1) - e : x);
+  const T k3 = exp_beyond_linear(-x, e);
+  const T slope = select(near_zero(x), x - k3, T(1) - e);
+  value = KL == KlEstimator::K1 ? x : (KL == KlEstimator::K2 ? T(0.5) * x * x : k3);
+  grad = KL == KlEstimator::K1 ? T(1) : (KL == KlEstimator::K3 ? slope : x);
 }
 
 }  // namespace fca

@@ -77,7 +77,10 @@ def test_constructor_refuses(cls, case):
         (lambda: fca.OnRollout(moments=False, counters=False), ValueError),
         (lambda: fca.GlobalNorm(INF - INF), ValueError),
         (lambda: fca.FusedClipAdamW([]), ValueError),
-        (lambda: fca.FusedClipAdamW([{"params": {Parameter(torch.ones(1))}}]), TypeError),  # a set has no order
+        (
+            lambda: fca.FusedClipAdamW([{"params": {Parameter(torch.ones(1))}}]),
+            TypeError,
+        ),  # a set has no order
         (lambda: fca.FusedClipAdamW([Parameter(torch.ones(2, dtype=torch.complex64))]), TypeError),
         (lambda: fca.FusedClipAdamW([torch.ones(2, requires_grad=True) * 1]), ValueError),  # not a leaf
     ),
@@ -103,7 +106,9 @@ def snapshot(opt) -> list:
         for p in group["params"]:
             out.append((raw(p.detach()), None if p.grad is None else raw(p.grad), p._version))
             own = opt.state.get(p)
-            out.append(own if own is None else [(k, raw(v) if isinstance(v, Tensor) else v) for k, v in own.items()])
+            out.append(
+                own if own is None else [(k, raw(v) if isinstance(v, Tensor) else v) for k, v in own.items()]
+            )
     return [*out, len(opt.state)]
 
 
@@ -169,7 +174,9 @@ PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize("options", ({}, dict(grad_clip=1.0, overshoot="brake", amsgrad=True)), ids=("plain", "extras"))
+@pytest.mark.parametrize(
+    "options", ({}, dict(grad_clip=1.0, overshoot="brake", amsgrad=True)), ids=("plain", "extras")
+)
 @pytest.mark.parametrize("case", PARAMETERS)
 def test_step_refuses_a_parameter_and_changes_nothing(case, options):
     good, late = give_grad(ones(5), torch.ones(5)), ones(2)
@@ -237,7 +244,9 @@ def test_step_refuses_a_state_and_changes_nothing(case, bad_first):
     assert snapshot(opt) == before
 
 
-@pytest.mark.parametrize("scale, found", ((torch.ones(2), torch.zeros(1)), (torch.ones(1), torch.zeros(1, dtype=torch.int))))
+@pytest.mark.parametrize(
+    "scale, found", ((torch.ones(2), torch.zeros(1)), (torch.ones(1), torch.zeros(1, dtype=torch.int)))
+)
 def test_a_scaler_of_the_wrong_kind_changes_nothing(scale, found):
     p = ones(3)
     p.grad = torch.ones(3)
@@ -249,7 +258,7 @@ def test_a_scaler_of_the_wrong_kind_changes_nothing(scale, found):
     assert snapshot(opt) == before
 
 
-# ---------------------------------------------------------------- odd layouts, dtypes and rules: right, element for element
+# ---------------------------------------------------------------- odd layouts: right in every element
 
 RULES = {
     "none": {},
@@ -262,12 +271,25 @@ RULES = {
     "clip": dict(grad_clip=0.5),
     "maximize": dict(maximize=True),
 }
-SHAPES = ((), (0,), (1,), (5,), (1030,), (3, 4), (1, 7), (33, 40), (2, 0, 3), (2, 3, 4), (4, 1, 5), (2, 3, 2, 3))
+SHAPES = (
+    (),
+    (0,),
+    (1,),
+    (5,),
+    (1030,),
+    (3, 4),
+    (1, 7),
+    (33, 40),
+    (2, 0, 3),
+    (2, 3, 4),
+    (4, 1, 5),
+    (2, 3, 2, 3),
+)
 POISON = 0xA5
 
 
 def place(values: Tensor, order: list[int], gaps: list[int], offset: int) -> tuple[Tensor, Tensor]:
-    """Copies `values` into a poisoned buffer: dimensions in `order` from the innermost, `gaps` elements between.
+    """Copies `values` into a poisoned buffer: dimensions in `order` from the innermost, `gaps` between.
 
     A gap of -1 expands the dimension (stride 0).
     """
@@ -277,7 +299,9 @@ def place(values: Tensor, order: list[int], gaps: list[int], offset: int) -> tup
             continue
         strides[d] = reach
         reach = reach * max(values.shape[d], 1) + gap
-    buffer = torch.full(((offset + reach + 16) * values.element_size(),), POISON, dtype=torch.uint8).view(values.dtype)
+    buffer = torch.full(((offset + reach + 16) * values.element_size(),), POISON, dtype=torch.uint8).view(
+        values.dtype
+    )
     view = buffer.as_strided(values.shape, strides, offset)
     for d in range(values.dim()):
         if strides[d] == 0:
@@ -366,14 +390,21 @@ def run_case(case, backend, wide: bool):
 
 
 def one_rounding(dtype: torch.dtype, expected: Tensor) -> Tensor:
-    """Half an ulp of the storage type, plus the arithmetic: operands up to 8, at most 8 roundings of theirs."""
+    """Half an ulp of the storage type, plus the arithmetic: at most 8 roundings of operands up to 8."""
     arithmetic = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps / 2
     # A float64 parameter with float32 states rounds the states alone; they are float32 here and get its eps.
     floor = 2**-25 if dtype == torch.float16 else 0.0  # half of the smallest subnormal
     return expected.abs() * torch.finfo(dtype).eps / 2 + 8 * 8 * arithmetic + floor
 
 
-EXAMPLE = dict(cls=fca.FusedClipAdamW, grad_dtype=torch.float32, state_dtype=None, amsgrad=True, weight_decay=0.125, seed=0)
+EXAMPLE = dict(
+    cls=fca.FusedClipAdamW,
+    grad_dtype=torch.float32,
+    state_dtype=None,
+    amsgrad=True,
+    weight_decay=0.125,
+    seed=0,
+)
 PLAIN = ([1, 0], [0, 0, 0], 0)
 TRANSPOSED, GAPPED = ([0, 1], [0, 0, 0], 1), ([1, 0], [1, 0, 3], 3)
 
@@ -449,7 +480,7 @@ GRADIENTS = {
     "shifted by one": lambda p, q, base: (base[1 : 1 + p.numel()], torch.ones_like(q)),
     "one tensor for both": lambda p, q, base: (base[-p.numel() :], base[-p.numel() :]),
     "negative bit": lambda p, q, base: (lazy_negative(torch.ones_like(p)), torch.ones_like(q)),
-    "imaginary part of a conjugate": lambda p, q, base: (torch.ones(p.shape, dtype=torch.cfloat).mul(1j).conj().imag,) * 2,
+    "imaginary part of a conjugate": lambda p, q, base: ((1j * torch.ones(p.shape)).conj().imag,) * 2,
     "zero tensor": lambda p, q, base: (torch._efficientzerotensor(p.shape), torch.ones_like(q)),
     "copy on write": lambda p, q, base: (torch._lazy_clone(base[-p.numel() :]), torch.ones_like(q)),
 }
@@ -498,14 +529,15 @@ def test_a_block_longer_than_the_tensor_is_the_tensor(backend):
     assert torch.equal(*params)
 
 
-# ---------------------------------------------------------------- same bytes on every instruction set and thread count
+# ---------------------------------------------------------------- same bytes on every machine
 
 
 def all_bytes() -> bytes:
     """A step of strided, narrow and wide tensors under every rule."""
     out = []
     for rule in RULES:
-        for dtype, where in ((torch.float32, [TRANSPOSED, GAPPED, PLAIN, GAPPED, PLAIN]), (torch.bfloat16, [TRANSPOSED] * 5)):
+        mixed, alike = [TRANSPOSED, GAPPED, PLAIN, GAPPED, PLAIN], [TRANSPOSED] * 5
+        for dtype, where in ((torch.float32, mixed), (torch.bfloat16, alike)):
             case = {**EXAMPLE, "shape": (400, 300), "dtype": dtype, "rule": rule, "layouts": where}
             for x in run_case(case, "cpu", wide=False).values():
                 out.append(x.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -521,7 +553,9 @@ def bytes_of_a_process(tmp_path, threads: int, isa: str | None) -> bytes:
         "open(sys.argv[1], 'wb').write(test_hostile.all_bytes())"
     )
     target = tmp_path / "bytes"
-    subprocess.run([sys.executable, "-c", program, str(target), str(threads)], check=True, env=environment, timeout=300)
+    subprocess.run(
+        [sys.executable, "-c", program, str(target), str(threads)], check=True, env=environment, timeout=300
+    )
     return target.read_bytes()
 
 

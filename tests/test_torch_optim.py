@@ -50,7 +50,7 @@ INFOS = [
     make_info(fca.FusedClipAdam, machinery.optim_inputs_func_adam, machinery.optim_error_inputs_func_adam),
 ]
 
-# torch lists tensor learning rates and betas only for CUDA (capturable); both classes take them on a CPU as well.
+# torch lists tensor learning rates and betas for CUDA only; both classes take them on a CPU as well.
 # Tensors in float64: torch forms 1 - beta^step in the tensors' own dtype, we always in float64.
 CPU_INPUTS = [
     dict(lr=double(0.01)),
@@ -70,9 +70,11 @@ class Bound:
 
 STEPS = 6
 BOUNDS = [
-    Bound(torch.float64, 1e-13),  # <= 10 operations a step in another order, 2.2e-16 each, amplified by m / sqrt(v)
+    # At most 10 operations a step in another order, 2.2e-16 each, for 6 steps, amplified by m / sqrt(v) < 5.
+    Bound(torch.float64, 1e-13),
     Bound(torch.float32, 1e-5),  # the same count at 6e-8
-    Bound(torch.bfloat16, 3e-2),  # torch rounds every intermediate to 8 bits (7 operations of 2^-9 a step), we the result
+    # torch rounds every intermediate to 8 bits, 7 operations of 2^-9 a step, we only the result.
+    Bound(torch.bfloat16, 3e-2),
 ]
 DTYPES = [bound.dtype for bound in BOUNDS]
 RTOL = {bound.dtype: bound.rtol for bound in BOUNDS}
@@ -102,6 +104,10 @@ def all_kwargs(info) -> list[dict]:
     return [x.kwargs for x in info.optim_inputs_func(device="cpu")] + copy.deepcopy(CPU_INPUTS)
 
 
+def advance(scheduler, loss: float) -> None:
+    scheduler.step(*((loss,) if isinstance(scheduler, ReduceLROnPlateau) else ()))
+
+
 def quadratic(params, x):
     return (params[0].mv(x) + params[1]).square().sum()
 
@@ -129,7 +135,9 @@ class TestOptimRenewed(TestCase):
         self.assertTrue(errors)
         for error in errors:
             given = error.optimizer_error_input
-            expected = self.assertWarnsRegex if issubclass(error.error_type, Warning) else self.assertRaisesRegex
+            expected = (
+                self.assertWarnsRegex if issubclass(error.error_type, Warning) else self.assertRaisesRegex
+            )
             if error.error_on == machinery.OptimizerErrorEnum.CONSTRUCTION_ERROR:
                 with expected(error.error_type, error.error_regex):
                     optim_info.optim_cls(given.params, **given.kwargs)
@@ -156,7 +164,9 @@ class TestOptimRenewed(TestCase):
             results = []
             for flag in flags:
                 params = make_params(dtype)
-                if "differentiable" in flag:  # torch's differentiable update writes in place: no leaf can be given
+                if (
+                    "differentiable" in flag
+                ):  # torch's differentiable update writes in place: no leaf can be given
                     params = [p.clone() for p in params]
                 opt = optim_info.optim_cls(params, **kwargs, **flag)
                 for step in range(STEPS):
@@ -190,9 +200,11 @@ class TestOptimRenewed(TestCase):
                         loss.backward()
                         opt.step()
                         for scheduler in schedulers:
-                            scheduler.step(loss.item()) if isinstance(scheduler, ReduceLROnPlateau) else scheduler.step()
+                            advance(scheduler, loss.item())
                     last = quadratic(params, x).item()
-                    self.assertTrue(last > first if kwargs.get("maximize") else last < first, (kwargs, first, last))
+                    self.assertTrue(
+                        last > first if kwargs.get("maximize") else last < first, (kwargs, first, last)
+                    )
 
     @machinery.optims(INFOS)
     def test_schedulers_give_torchs_learning_rates(self, device, dtype, optim_info):
@@ -207,7 +219,7 @@ class TestOptimRenewed(TestCase):
                     set_grads(params, step)
                     opt.step()
                     for scheduler in schedulers:
-                        scheduler.step(1.0) if isinstance(scheduler, ReduceLROnPlateau) else scheduler.step()
+                        advance(scheduler, 1.0)
                     rates[-1].append([group["lr"] for group in opt.param_groups])
             self.assertEqual(rates[0], rates[1])
 

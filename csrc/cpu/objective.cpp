@@ -15,8 +15,8 @@
 namespace fca {
 namespace {
 
-constexpr int64_t kTokens = 512;        // a tile: about a dozen arrays of it live in L1
-constexpr int64_t kUnit = 4 * kTokens;  // the unit of parallel work, within one row
+constexpr int64_t kTokens = 256;        // a tile: some twenty arrays of it live in L1 (float) or L2 (double)
+constexpr int64_t kUnit = 8 * kTokens;  // the unit of parallel work, within one row
 
 enum class Aggregation : int64_t { TOKEN_MEAN = 0, SEQUENCE_MEAN = 1, SEQUENCE_SUM = 2, CONSTANT = 3 };
 
@@ -96,7 +96,7 @@ struct Settings {
 
 struct Inputs {
   Matrix logp, old_logp, advantages, weights, ref_logp;
-  const bool* mask = nullptr;
+  const uint8_t* mask = nullptr;  // bytes: a bool tensor viewed from other data may hold more than 0 and 1
   int64_t mask_row = 0, mask_col = 0;
   const int64_t* sequence_ids = nullptr;  // packed layout: one row, the sequence of each token
   int64_t sequence_stride = 1;
@@ -116,25 +116,24 @@ struct Tokens {
 
 // D, valid and bad. A token counts as unreadable if any of its inputs, or D itself, is not finite.
 template <typename T>
-FCA_INLINE void classify_tile_body(Tokens<T>& t, bool weighted, bool referenced, int64_t n) {
+FCA_INLINE void classify_tile_body(Tokens<T>& t, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
-    const T d = t.logp[i] - t.old_logp[i];
-    T check = d - d + (t.A[i] - t.A[i]) + (t.logp[i] - t.logp[i]);
-    if (weighted) check = check + (t.w[i] - t.w[i]);
-    if (referenced) check = check + ((t.ref[i] - t.logp[i]) - (t.ref[i] - t.logp[i]));
-    const bool finite = check == T(0);
-    t.bad[i] = finite ? T(0) : t.valid[i];
-    t.valid[i] = finite ? t.valid[i] : T(0);
-    const bool used = t.valid[i] != T(0);
-    t.D[i] = used ? saturate(d) : T(0);
-    t.A[i] = used ? t.A[i] : T(0);
-    t.logp[i] = used ? t.logp[i] : T(0);
-    if (weighted) t.w[i] = used ? t.w[i] : T(0);
-    if (referenced) t.ref[i] = used ? t.ref[i] : T(0);
+    const T logp = t.logp[i], A = t.A[i], w = t.w[i], ref = t.ref[i], unmasked = t.valid[i];
+    const T d = logp - t.old_logp[i], x = ref - logp;
+    // x - x is 0 for a finite x, else NaN; logp is in d, which is finite only if it is.
+    const bool finite = (d - d) + (A - A) + (w - w) + (x - x) == T(0);
+    const T valid = select(finite, unmasked, T(0));
+    const bool used = valid != T(0);
+    t.bad[i] = unmasked - valid;
+    t.valid[i] = valid;
+    t.D[i] = select(used, saturate(d), T(0));
+    t.A[i] = select(used, A, T(0));
+    t.logp[i] = select(used, logp, T(0));
+    t.w[i] = select(used, w, T(0));
+    t.ref[i] = select(used, ref, T(0));
   }
 }
-FCA_LEAF((typename T), (T), void, classify_tile, (Tokens<T> & t, bool weighted, bool referenced, int64_t n),
-         (t, weighted, referenced, n))
+FCA_LEAF((typename T), (T), void, classify_tile, (Tokens<T> & t, int64_t n), (t, n))
 
 // Where a token's loss and gradient saturate: times 1 / normalizer they must still be finite.
 template <typename T>
@@ -145,7 +144,7 @@ FCA_INLINE T token_limit(const Settings& settings) {
 
 // The token equations, their aggregation weight and what the statistics sum.
 template <typename T, TokenRule RULE, bool SEQUENCE>
-FCA_INLINE void token_tile_body(Tokens<T>& t, const Settings& settings, bool weighted, int64_t n) {
+FCA_INLINE void token_tile_body(Tokens<T>& t, const Settings& settings, int64_t n) {
   const Bounds<T> bound = {static_cast<T>(settings.low), static_cast<T>(settings.high), static_cast<T>(settings.dual),
                            static_cast<T>(settings.cap)};
   const T limit = token_limit<T>(settings);
@@ -154,53 +153,75 @@ FCA_INLINE void token_tile_body(Tokens<T>& t, const Settings& settings, bool wei
     const T token_ratio = exp_clamped(clamp_log_ratio(D));
     const T r = SEQUENCE ? exp_clamped(clamp_log_ratio(t.s[i])) : token_ratio;
     const Token<T> token = RULE == TokenRule::CISPO ? cispo_token(r, A, t.logp[i], bound) : ppo_token(r, A, bound);
-    const T w = weighted ? t.w[i] : T(1);
-    const T a = t.a[i] * valid;
-    t.loss[i] = saturate(a * w * saturate(token.loss), limit);
-    t.grad[i] = saturate(a * w * saturate(token.grad), limit);
-    t.low[i] = token.clipped_low ? valid : T(0);
-    t.high[i] = token.clipped_high ? valid : T(0);
-    t.dual[i] = token.clipped_dual ? valid : T(0);
-    const T mass = saturate(a * r * (A < T(0) ? -A : A));
+    const T a = t.a[i] * valid, aw = a * t.w[i];
+    t.loss[i] = saturate(aw * saturate(token.loss), limit);
+    t.grad[i] = saturate(aw * saturate(token.grad), limit);
+    t.low[i] = token.clipped_low * valid;
+    t.high[i] = token.clipped_high * valid;
+    t.dual[i] = token.clipped_dual * valid;
+    const T mass = saturate(a * r * select(A < T(0), -A, A));
     t.total[i] = mass;
-    t.suppressed[i] = token.grad == T(0) ? mass : T(0);
+    t.suppressed[i] = select(token.grad == T(0), mass, T(0));
     t.k1[i] = -D;
     t.k2[i] = saturate(T(0.5) * D * D);
-    t.k3[i] = (token_ratio - T(1) - D) * valid;
+    t.k3[i] = exp_beyond_linear(D, token_ratio) * valid;
     t.r[i] = r;
   }
 }
 FCA_LEAF((typename T, TokenRule RULE, bool SEQUENCE), (T, RULE, SEQUENCE), void, token_tile,
-         (Tokens<T> & t, const Settings& settings, bool weighted, int64_t n), (t, settings, weighted, n))
+         (Tokens<T> & t, const Settings& settings, int64_t n), (t, settings, n))
 
 // The KL term is added to what the tile holds; it takes the aggregation weight but not the rollout weight w.
-template <typename T>
+template <typename T, KlEstimator KL>
 FCA_INLINE void add_kl_tile_body(Tokens<T>& t, const Settings& settings, int64_t n) {
   const T kl_coef = static_cast<T>(settings.kl_coef), limit = token_limit<T>(settings);
   for (int64_t i = 0; i < n; ++i) {
     T value, grad;
-    kl_token(t.logp[i] - t.ref[i], settings.kl, value, grad);
+    kl_token<T, KL>(t.logp[i] - t.ref[i], value, grad);
     const T a = t.a[i] * t.valid[i] * kl_coef;
     t.loss[i] = saturate(t.loss[i] + saturate(a * saturate(value)), limit);
     t.grad[i] = saturate(t.grad[i] + saturate(a * saturate(grad)), limit);
   }
 }
-FCA_LEAF((typename T), (T), void, add_kl_tile, (Tokens<T> & t, const Settings& settings, int64_t n), (t, settings, n))
+FCA_LEAF((typename T, KlEstimator KL), (T, KL), void, add_kl_tile,
+         (Tokens<T> & t, const Settings& settings, int64_t n), (t, settings, n))
+
+template <typename T>
+void add_kl(Tokens<T>& t, const Settings& settings, int64_t n) {
+  switch (settings.kl) {
+    case KlEstimator::K1:
+      return add_kl_tile<T, KlEstimator::K1>(t, settings, n);
+    case KlEstimator::K2:
+      return add_kl_tile<T, KlEstimator::K2>(t, settings, n);
+    case KlEstimator::K3:
+      return add_kl_tile<T, KlEstimator::K3>(t, settings, n);
+    case KlEstimator::K3_PLUS:
+      return add_kl_tile<T, KlEstimator::K3_PLUS>(t, settings, n);
+    case KlEstimator::NONE:
+      return;
+  }
+}
 
 // Least and greatest ratio of the valid tokens.
 template <typename T>
 FCA_INLINE void ratio_range_body(const T* __restrict r, const T* __restrict valid, int64_t n, double* least,
                                  double* greatest) {
-  T low = std::numeric_limits<T>::max(), high = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const T x = valid[i] != T(0) ? r[i] : std::numeric_limits<T>::max();
-    const T y = valid[i] != T(0) ? r[i] : T(0);
-    low = x < low ? x : low;
-    high = y > high ? y : high;
+  T low[kLanes], high[kLanes];
+  std::fill_n(low, kLanes, std::numeric_limits<T>::max());
+  std::fill_n(high, kLanes, T(0));
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t lanes = std::min(kLanes, n - i);
+    for (int64_t j = 0; j < lanes; ++j) {
+      const T x = select(valid[i + j] != T(0), r[i + j], std::numeric_limits<T>::max()), y = valid[i + j] * r[i + j];
+      low[j] = select(x < low[j], x, low[j]);
+      high[j] = select(y > high[j], y, high[j]);
+    }
   }
-  *least = low;
-  *greatest = high;
+  *least = *std::min_element(low, low + kLanes);
+  *greatest = *std::max_element(high, high + kLanes);
 }
+FCA_LEAF((typename T), (T), void, ratio_range,
+         (const T* r, const T* valid, int64_t n, double* least, double* greatest), (r, valid, n, least, greatest))
 
 struct Unit {
   int64_t row, begin, end;
@@ -243,15 +264,17 @@ class Objective {
     read_tokens(in_.logp, row, col, n, t.logp);
     read_tokens(in_.old_logp, row, col, n, t.old_logp);
     read_tokens(in_.advantages, row, col, n, t.A);
+    std::fill_n(t.w, n, T(1));
+    std::fill_n(t.ref, n, T(0));
     if (in_.weights.data) read_tokens(in_.weights, row, col, n, t.w);
     if (in_.ref_logp.data) read_tokens(in_.ref_logp, row, col, n, t.ref);
     if (in_.mask) {
-      const bool* mask = in_.mask + row * in_.mask_row + col * in_.mask_col;
+      const uint8_t* mask = in_.mask + row * in_.mask_row + col * in_.mask_col;
       for (int64_t i = 0; i < n; ++i) t.valid[i] = mask[i * in_.mask_col] ? T(1) : T(0);
     } else {
       std::fill(t.valid, t.valid + n, T(1));
     }
-    classify_tile<T>(t, in_.weights.data != nullptr, in_.ref_logp.data != nullptr, n);
+    classify_tile<T>(t, n);
   }
 
   // Length and mean log-ratio of each sequence: rows in parallel, a packed row in order.
@@ -302,17 +325,17 @@ class Objective {
     double* sum = partial_.data() + u * (kStats + 1);
     sum[RATIO_MIN] = std::numeric_limits<double>::max();
     Tokens<T> t;
-    const bool weighted = in_.weights.data != nullptr, referenced = in_.ref_logp.data != nullptr;
+    const bool referenced = in_.ref_logp.data != nullptr;
     for (int64_t col = unit.begin; col < unit.end; col += kTokens) {
       const int64_t n = std::min(kTokens, unit.end - col);
       read(t, unit.row, col, n);
       sequence_scalars(t, unit.row, col, n);
       if (set_.sequence_ratio) {
-        token_tile<T, TokenRule::PPO, true>(t, set_, weighted, n);
+        token_tile<T, TokenRule::PPO, true>(t, set_, n);
       } else if (set_.rule == TokenRule::CISPO) {
-        token_tile<T, TokenRule::CISPO, false>(t, set_, weighted, n);
+        token_tile<T, TokenRule::CISPO, false>(t, set_, n);
       } else {
-        token_tile<T, TokenRule::PPO, false>(t, set_, weighted, n);
+        token_tile<T, TokenRule::PPO, false>(t, set_, n);
       }
       const T* const summed[] = {t.valid, t.low, t.high, t.dual, t.suppressed, t.total, t.k1, t.k2, t.k3};
       for (int64_t k = 0; k <= KL_K3; ++k) sum[k] += sum_tile<T>(summed[k], n);
@@ -320,14 +343,14 @@ class Objective {
       sum[RATIO_SUM] += sum_tile<T>(t.total, n);
       sum[RATIO_SQ_SUM] += sum_squares_tile<T>(t.total, n);
       double least, greatest;
-      ratio_range_body<T>(t.r, t.valid, n, &least, &greatest);
+      ratio_range<T>(t.r, t.valid, n, &least, &greatest);
       sum[RATIO_MIN] = std::min(sum[RATIO_MIN], least);
       sum[RATIO_MAX] = std::max(sum[RATIO_MAX], greatest);
       sum[NONFINITE] += sum_tile<T>(t.bad, n);
       T* out = grad == nullptr ? nullptr : grad + unit.row * in_.cols + col;
       // With a sequence ratio `out` first holds each token's part of its sequence's sum, without the KL term.
       if (out && set_.sequence_ratio) std::copy(t.grad, t.grad + n, out);
-      if (referenced) add_kl_tile<T>(t, set_, n);
+      if (referenced) add_kl(t, set_, n);
       if (out && !set_.sequence_ratio) std::copy(t.grad, t.grad + n, out);
       sum[kStats] += sum_tile<T>(t.loss, n);
     }
@@ -355,7 +378,7 @@ class Objective {
               if (in_.ref_logp.data) {
                 std::fill(t.loss, t.loss + size, T(0));
                 sequence_scalars(t, row, col, size);
-                add_kl_tile<T>(t, set_, size);
+                add_kl(t, set_, size);
               }
               std::copy(t.grad, t.grad + size, out + col);
             }
@@ -440,7 +463,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(const Tensor& logp, const
     check(mask->scalar_type() == ScalarType::Bool, "mask must be bool");
     check(mask->dim() == 2 && mask->size(0) == in.rows && mask->size(1) == in.cols, "mask must be [", in.rows, ", ",
           in.cols, "]");
-    in.mask = static_cast<const bool*>(mask->const_data_ptr());
+    in.mask = static_cast<const uint8_t*>(mask->const_data_ptr());
     in.mask_row = mask->stride(0);
     in.mask_col = mask->stride(1);
   }

@@ -25,6 +25,12 @@ def saturate(x: Tensor, shrink: float = 1.0) -> Tensor:
     return x.clamp(-most, most)
 
 
+def beyond_linear(x: Tensor, exp_x: Tensor) -> Tensor:
+    """e^x - 1 - x; in float64 near 0, where float32 would keep no digit of it."""
+    near = (torch.expm1(x.double()) - x.double()).to(x.dtype)
+    return torch.where(x.abs() < 0.35, near, exp_x - 1 - x)
+
+
 def ppo(r: Tensor, A: Tensor, low: float, high: float, dual: float, cap: float):
     """l = -min(min(r, cap) A, clip(r) A), for A < 0 also at most -dual A; g = -A r K. Returns l, g, low, high, dual."""
     clipped = r.clamp(low, high)
@@ -35,7 +41,7 @@ def ppo(r: Tensor, A: Tensor, low: float, high: float, dual: float, cap: float):
     clipped_high = (A > 0) & (r > high)
     clipped_dual = (A < 0) & (r > dual)
     # Beyond the cap the capped branch is flat; for A < 0 the clipped one may be active and still inside its range.
-    capped = (r > cap) & ~((A < 0) & (low <= r) & (r <= high) & (cap < high))
+    capped = (r > cap) & ~((A < 0) & (low <= r) & (r <= high))
     keep = ~(clipped_low | clipped_high | clipped_dual | capped)
     return loss, torch.where(keep, -A * r, torch.zeros_like(r)), clipped_low, clipped_high, clipped_dual
 
@@ -54,7 +60,7 @@ def kl(x: Tensor, estimator: int):
     if estimator == K2:
         return 0.5 * x * x, x
     e = ratio(-x)
-    return e - 1 + x, (1 - e) if estimator == K3 else x
+    return beyond_linear(-x, e), (1 - e) if estimator == K3 else x
 
 
 def policy_loss(
@@ -144,7 +150,7 @@ def policy_loss(
         mass.double().sum() * scale,
         -D.double().sum(),
         saturate(0.5 * D * D).double().sum(),
-        (count * (token_ratio - 1 - D)).double().sum(),
+        (count * beyond_linear(D, token_ratio)).double().sum(),
         has_ratio.sum(),
         has_ratio.square().sum(),
         torch.where(valid, r.double(), most).amin() if r.numel() else torch.full_like(tokens, most),

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-
 _MAX_BLOCK = 2**48
 """More than a tensor can hold, and sums of two of them stay far inside int64."""
 
