@@ -49,16 +49,21 @@ def collect(param_groups: list[dict[str, Any]]) -> list[Batch]:
     """
     batches: dict[tuple, Batch] = {}
     for index, group in enumerate(param_groups):
+        last: tuple = ()
+        batch = None
         for position, p in enumerate(group["params"]):
             grad = p.grad
             if grad is None:
                 continue
-            # Everything a kind of tensor can be refused for is in the key, so it is checked once a kind.
-            kind = (index, type(p), p.device, p.dtype, grad.dtype, grad.device, grad.layout)
-            batch = batches.get(kind)
-            if batch is None:
-                _check_kind(f'param_groups[{index}]["params"][{position}]', p, grad)
-                batch = batches[kind] = Batch(group=index, device=p.device)
+            # Everything a kind of tensor can be refused for is in `kind`, so it is checked once a kind, and a model of
+            # one kind pays one comparison a parameter.
+            kind = (type(p), p.dtype, grad.dtype, p.device, grad.device, grad.layout)
+            if kind != last:
+                batch = batches.get((index, *kind))
+                last = kind
+                if batch is None:
+                    _check_kind(f'param_groups[{index}]["params"][{position}]', p, grad)
+                    batch = batches[(index, *kind)] = Batch(group=index, device=p.device)
             batch.params.append(p)
             batch.grads.append(grad)
     return list(batches.values())
@@ -78,23 +83,23 @@ def attach_states(
         weigh: the group varies its betas, so every parameter needs `bias_weights`. They are also used where a
             parameter has them from before: 1 - beta^step would no longer be its true weight.
     """
-    weights = []
-    for p in batch.params:
-        own = state.get(p)
+    states = [state.get(p) for p in batch.params]
+    for i, own in enumerate(states):
         if not own:
-            own = state[p] = new_state(p)
+            p = batch.params[i]
+            states[i] = state[p] = new_state(p)
             added.append((state, p))
-        batch.exp_avgs.append(own["exp_avg"])
-        batch.exp_avg_sqs.append(own["exp_avg_sq"])
-        batch.steps.append(own["step"])
-        if amsgrad:
-            if "max_exp_avg_sq" not in own:
-                own["max_exp_avg_sq"] = torch.zeros_like(own["exp_avg_sq"])
-                added.append((own, "max_exp_avg_sq"))
-            batch.max_exp_avg_sqs.append(own["max_exp_avg_sq"])
-        weights.append(own.get("bias_weights"))
-    if weigh or any(w is not None for w in weights):
-        batch.bias_weights = weights  # the optimizer fills in the missing ones: it knows the betas
+        elif amsgrad and "max_exp_avg_sq" not in own:
+            own["max_exp_avg_sq"] = torch.zeros_like(own["exp_avg_sq"])
+            added.append((own, "max_exp_avg_sq"))
+    batch.exp_avgs = [own["exp_avg"] for own in states]
+    batch.exp_avg_sqs = [own["exp_avg_sq"] for own in states]
+    batch.steps = [own["step"] for own in states]
+    if amsgrad:
+        batch.max_exp_avg_sqs = [own["max_exp_avg_sq"] for own in states]
+    if weigh or any("bias_weights" in own for own in states):
+        # The optimizer fills in the missing ones: it knows the betas.
+        batch.bias_weights = [own.get("bias_weights") for own in states]
 
 
 def _check_kind(name: str, p: Tensor, grad: Tensor) -> None:

@@ -378,7 +378,9 @@ class _FusedClip:
             p = p[1] if isinstance(p, tuple) else p
             if isinstance(p, Tensor) and p.is_complex():
                 raise TypeError(f"{type(self).__name__} does not support complex parameters, got {p.dtype}")
-        super().add_param_group({**param_group, "params": params, **{k: r for k, r in rules.items() if r is not None}})
+        param_group["params"] = params
+        param_group.update({key: rule for key, rule in rules.items() if rule is not None})
+        super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's. Rules appear as plain dicts, so that `torch.load(weights_only=True)` and torch.optim read it."""

@@ -214,9 +214,7 @@ def test_a_bad_checkpoint_changes_nothing():
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize(
-    "duplicate", (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))), ids=("copy", "pickle")
-)
+@pytest.mark.parametrize("duplicate", (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))), ids=("copy", "pickle"))
 def test_copies_continue_bit_for_bit(duplicate, rule):
     opt = fca.FusedClipAdamW(make_params(), **RULES[rule])
     train(opt, range(3))

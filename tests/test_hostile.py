@@ -106,9 +106,7 @@ def snapshot(opt) -> list:
         for p in group["params"]:
             out.append((raw(p.detach()), None if p.grad is None else raw(p.grad), p._version))
             own = opt.state.get(p)
-            out.append(
-                own if own is None else [(k, raw(v) if isinstance(v, Tensor) else v) for k, v in own.items()]
-            )
+            out.append(own if own is None else [(k, raw(v) if isinstance(v, Tensor) else v) for k, v in own.items()])
     return [*out, len(opt.state)]
 
 
@@ -174,9 +172,7 @@ PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize(
-    "options", ({}, dict(grad_clip=1.0, overshoot="brake", amsgrad=True)), ids=("plain", "extras")
-)
+@pytest.mark.parametrize("options", ({}, dict(grad_clip=1.0, overshoot="brake", amsgrad=True)), ids=("plain", "extras"))
 @pytest.mark.parametrize("case", PARAMETERS)
 def test_step_refuses_a_parameter_and_changes_nothing(case, options):
     good, late = give_grad(ones(5), torch.ones(5)), ones(2)
@@ -299,9 +295,7 @@ def place(values: Tensor, order: list[int], gaps: list[int], offset: int) -> tup
             continue
         strides[d] = reach
         reach = reach * max(values.shape[d], 1) + gap
-    buffer = torch.full(((offset + reach + 16) * values.element_size(),), POISON, dtype=torch.uint8).view(
-        values.dtype
-    )
+    buffer = torch.full(((offset + reach + 16) * values.element_size(),), POISON, dtype=torch.uint8).view(values.dtype)
     view = buffer.as_strided(values.shape, strides, offset)
     for d in range(values.dim()):
         if strides[d] == 0:
@@ -553,9 +547,7 @@ def bytes_of_a_process(tmp_path, threads: int, isa: str | None) -> bytes:
         "open(sys.argv[1], 'wb').write(test_hostile.all_bytes())"
     )
     target = tmp_path / "bytes"
-    subprocess.run(
-        [sys.executable, "-c", program, str(target), str(threads)], check=True, env=environment, timeout=300
-    )
+    subprocess.run([sys.executable, "-c", program, str(target), str(threads)], check=True, env=environment, timeout=300)
     return target.read_bytes()
 
 

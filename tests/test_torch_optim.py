@@ -135,9 +135,7 @@ class TestOptimRenewed(TestCase):
         self.assertTrue(errors)
         for error in errors:
             given = error.optimizer_error_input
-            expected = (
-                self.assertWarnsRegex if issubclass(error.error_type, Warning) else self.assertRaisesRegex
-            )
+            expected = self.assertWarnsRegex if issubclass(error.error_type, Warning) else self.assertRaisesRegex
             if error.error_on == machinery.OptimizerErrorEnum.CONSTRUCTION_ERROR:
                 with expected(error.error_type, error.error_regex):
                     optim_info.optim_cls(given.params, **given.kwargs)
@@ -164,9 +162,7 @@ class TestOptimRenewed(TestCase):
             results = []
             for flag in flags:
                 params = make_params(dtype)
-                if (
-                    "differentiable" in flag
-                ):  # torch's differentiable update writes in place: no leaf can be given
+                if "differentiable" in flag:  # torch's differentiable update writes in place: no leaf can be given
                     params = [p.clone() for p in params]
                 opt = optim_info.optim_cls(params, **kwargs, **flag)
                 for step in range(STEPS):
@@ -202,9 +198,7 @@ class TestOptimRenewed(TestCase):
                         for scheduler in schedulers:
                             advance(scheduler, loss.item())
                     last = quadratic(params, x).item()
-                    self.assertTrue(
-                        last > first if kwargs.get("maximize") else last < first, (kwargs, first, last)
-                    )
+                    self.assertTrue(last > first if kwargs.get("maximize") else last < first, (kwargs, first, last))
 
     @machinery.optims(INFOS)
     def test_schedulers_give_torchs_learning_rates(self, device, dtype, optim_info):

@@ -183,8 +183,8 @@ FCA_INLINE void add_kl_tile_body(Tokens<T>& t, const Settings& settings, int64_t
     t.grad[i] = saturate(t.grad[i] + saturate(a * saturate(grad)), limit);
   }
 }
-FCA_LEAF((typename T, KlEstimator KL), (T, KL), void, add_kl_tile,
-         (Tokens<T> & t, const Settings& settings, int64_t n), (t, settings, n))
+FCA_LEAF((typename T, KlEstimator KL), (T, KL), void, add_kl_tile, (Tokens<T> & t, const Settings& settings, int64_t n),
+         (t, settings, n))
 
 template <typename T>
 void add_kl(Tokens<T>& t, const Settings& settings, int64_t n) {
@@ -220,8 +220,8 @@ FCA_INLINE void ratio_range_body(const T* __restrict r, const T* __restrict vali
   *least = *std::min_element(low, low + kLanes);
   *greatest = *std::max_element(high, high + kLanes);
 }
-FCA_LEAF((typename T), (T), void, ratio_range,
-         (const T* r, const T* valid, int64_t n, double* least, double* greatest), (r, valid, n, least, greatest))
+FCA_LEAF((typename T), (T), void, ratio_range, (const T* r, const T* valid, int64_t n, double* least, double* greatest),
+         (r, valid, n, least, greatest))
 
 struct Unit {
   int64_t row, begin, end;

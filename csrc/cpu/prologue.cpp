@@ -39,8 +39,8 @@ Tensor prologue(const Tensor& group_scalars, std::optional<Tensor> square_sums, 
     const double* sums = const_data<double>(*square_sums);
     for (int64_t i = 0; i < square_sums->numel(); ++i) norm += sums[i];
     norm = std::sqrt(norm) * std::fabs(unscale);
-    skip = skip || (skip_nonfinite && norm - norm != 0.0);
-    *total = norm * norm;
+    if (!skip) *total = norm * norm;
+    skip = skip || (skip_nonfinite && !(norm - norm == 0.0));
   } else if (!skip) {
     *total = 0;
   }

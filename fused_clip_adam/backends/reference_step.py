@@ -105,9 +105,9 @@ def prologue(
     norm = previous_norm
     if square_sums is not None:
         norm = square_sums.sum().sqrt() * unscale.abs()
+        grad_square_sum.copy_(torch.where(skip, grad_square_sum, norm * norm))
         if skip_nonfinite:
             skip = skip | ~norm.isfinite()
-        grad_square_sum.copy_(norm * norm)
     else:
         grad_square_sum.copy_(torch.where(skip, grad_square_sum, 0.0))
     steps_skipped += skip
@@ -136,6 +136,7 @@ def prologue(
 
 def block_gate(m: Tensor, g: Tensor, block: int) -> Tensor:
     """k per element, True where sum m g over the element's block of consecutive elements is positive."""
+    block = min(block, max(m.numel(), 1))
     products = (m.double() * g.double()).reshape(-1)
     padding = -products.numel() % block
     sums = torch.nn.functional.pad(products, (0, padding)).reshape(-1, block).sum(1)
