@@ -20,19 +20,19 @@ struct Meta {
   int64_t address;
 };
 
-Meta read_meta(const Tensor& tensor, const char* name, int64_t index) {
+Meta read_meta(AtenTensorHandle tensor, const char* name, int64_t index) {
   static const int32_t codes[] = {aoti_torch_dtype_float64(), aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(),
                                   aoti_torch_dtype_float16()};
   Meta meta = {};
   int32_t code;
   void* address;
   int64_t *sizes, *strides;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor.get(), &meta.dims));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &sizes));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor.get(), &strides));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(tensor.get(), &meta.contiguous));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor.get(), &address));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &code));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor, &meta.dims));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor, &sizes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor, &strides));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(tensor, &meta.contiguous));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor, &address));
   const int32_t* found = std::find(std::begin(codes), std::end(codes), code);
   if (found == std::end(codes)) fail(name, "[", index, "] must be float64, float32, bfloat16 or float16");
   if (meta.dims > kMaxDims) fail(name, "[", index, "] has ", meta.dims, " dimensions; accepted: up to ", kMaxDims);
@@ -44,6 +44,12 @@ Meta read_meta(const Tensor& tensor, const char* name, int64_t index) {
   meta.dtype = static_cast<DType>(found - codes);
   meta.address = reinterpret_cast<int64_t>(address);
   return meta;
+}
+
+int64_t numel_of(const Meta& meta) {
+  int64_t numel = 1;
+  for (int64_t d = 0; d < meta.dims; ++d) numel *= meta.sizes[d];
+  return numel;
 }
 
 // The (stride, size) of dimensions longer than one, innermost first.
@@ -182,11 +188,39 @@ void check_disjoint(const Table& table, int64_t words) {
   seen.store(fingerprint, std::memory_order_relaxed);
 }
 
-struct Lists {
-  const std::vector<Tensor>* list[kSlots];
+// A Tensor[] argument. torch's own unboxing wraps every element in a shared_ptr, which costs as much as all the checks
+// below; these are the bare handles, released together.
+class TensorList {
+ public:
+  explicit TensorList(StableIValue argument) {
+    const auto list = torch::stable::detail::to<StableListHandle>(argument);
+    size_t size = 0;
+    TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
+    handles_.resize(size);
+    for (size_t i = 0; i < size; ++i) {
+      StableIValue element;
+      TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &element));
+      handles_[i] = torch::stable::detail::to<AtenTensorHandle>(element);
+    }
+    TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
+  }
+  TensorList(const TensorList&) = delete;
+  ~TensorList() {
+    for (AtenTensorHandle handle : handles_) aoti_torch_delete_tensor_object(handle);
+  }
+  bool empty() const { return handles_.empty(); }
+  int64_t size() const { return static_cast<int64_t>(handles_.size()); }
+  AtenTensorHandle operator[](int64_t i) const { return handles_[i]; }
+
+ private:
+  std::vector<AtenTensorHandle> handles_;
 };
 
-Row make_row(const Lists& lists, const std::vector<Tensor>& steps, const std::vector<Tensor>& bias_weights, int64_t i) {
+struct Lists {
+  const TensorList* list[kSlots];
+};
+
+Row make_row(const Lists& lists, const TensorList& steps, const TensorList& bias_weights, int64_t i) {
   Row row = {};
   Meta param = {};
   bool contiguous = true, same_order = true;
@@ -214,36 +248,36 @@ Row make_row(const Lists& lists, const std::vector<Tensor>& steps, const std::ve
     contiguous = contiguous && meta.contiguous;
     same_order = same_order && same_strides(param, meta);
   }
-  row.numel = 1;
-  for (int64_t d = 0; d < param.dims; ++d) row.numel *= param.sizes[d];
+  row.numel = numel_of(param);
   row.strided = contiguous ? 0 : 1;  // tensor_table fills in the offset
   row.flat = contiguous || (same_order && is_dense(param));
 
-  static const int32_t f32 = aoti_torch_dtype_float32(), f64 = aoti_torch_dtype_float64();
-  int32_t step_dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(steps[i].get(), &step_dtype));
-  if (steps[i].numel() != 1 || (step_dtype != f32 && step_dtype != f64)) {
+  const Meta step = read_meta(steps[i], "steps", i);
+  if (numel_of(step) != 1 || (step.dtype != DType::F32 && step.dtype != DType::F64)) {
     fail("steps[", i, "] must be a 0-d float32 or float64 tensor");
   }
-  row.step = reinterpret_cast<int64_t>(steps[i].data_ptr());
-  row.step_is_f64 = step_dtype == f64;
+  row.step = step.address;
+  row.step_is_f64 = step.dtype == DType::F64;
   if (!bias_weights.empty()) {
-    check_buffer(bias_weights[i], ScalarType::Double, 2, "bias_weights");
-    row.bias_weights = reinterpret_cast<int64_t>(bias_weights[i].mutable_data_ptr());
+    const Meta weights = read_meta(bias_weights[i], "bias_weights", i);
+    if (weights.dtype != DType::F64 || numel_of(weights) != 2 || !weights.contiguous) {
+      fail("bias_weights[", i, "] must be a contiguous float64 tensor of 2 elements");
+    }
+    row.bias_weights = weights.address;
   }
   return row;
 }
 
-Tensor tensor_table(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
-                    std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> max_exp_avg_sqs, std::vector<Tensor> steps,
-                    std::vector<Tensor> bias_weights) {
+Tensor tensor_table(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
+                    const TensorList& exp_avg_sqs, const TensorList& max_exp_avg_sqs, const TensorList& steps,
+                    const TensorList& bias_weights) {
   const Lists lists = {{&params, &grads, &exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs}};
-  const int64_t n = static_cast<int64_t>(params.size());
+  const int64_t n = params.size();
   for (const auto* list : {&grads, &exp_avgs, &exp_avg_sqs, &steps}) {
-    check(static_cast<int64_t>(list->size()) == n, "tensor_table: lists differ in length");
+    check(list->size() == n, "tensor_table: lists differ in length");
   }
   for (const auto* list : {&max_exp_avg_sqs, &bias_weights}) {
-    check(list->empty() || static_cast<int64_t>(list->size()) == n, "tensor_table: lists differ in length");
+    check(list->empty() || list->size() == n, "tensor_table: lists differ in length");
   }
 
   std::vector<Row> rows(n);
@@ -252,12 +286,15 @@ Tensor tensor_table(std::vector<Tensor> params, std::vector<Tensor> grads, std::
     rows[i] = make_row(lists, steps, bias_weights, i);
     if (rows[i].strided == 0) continue;
     rows[i].strided = 1 + n * kRow + static_cast<int64_t>(records.size());
-    const int64_t dims = params[i].dim();
-    records.push_back(dims);
-    for (int64_t d = 0; d < dims; ++d) records.push_back(params[i].size(d));
+    const Meta param = read_meta(params[i], "params", i);
+    records.push_back(param.dims);
+    records.insert(records.end(), param.sizes, param.sizes + param.dims);
     for (int64_t slot = 0; slot < kSlots; ++slot) {
-      for (int64_t d = 0; d < dims; ++d) {
-        records.push_back(lists.list[slot]->empty() ? 0 : (*lists.list[slot])[i].stride(d));
+      if (lists.list[slot]->empty()) {
+        records.insert(records.end(), param.dims, 0);
+      } else {
+        const Meta meta = read_meta((*lists.list[slot])[i], slot_name(static_cast<Slot>(slot)), i);
+        records.insert(records.end(), meta.strides, meta.strides + param.dims);
       }
     }
   }
@@ -272,11 +309,18 @@ Tensor tensor_table(std::vector<Tensor> params, std::vector<Tensor> grads, std::
 
 // A tensor with a pending negation, or torch's ZeroTensor, reaches an operator as a temporary copy: a table of its
 // address would outlive it.
-Tensor refuse_lazy(std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>,
-                   std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>) {
+void refuse_lazy(StableIValue* stack, uint64_t, uint64_t) {
+  for (int i = 0; i < 7; ++i) TensorList released(stack[i]);
   fail(
       "a parameter, gradient or state has a pending negation or is a ZeroTensor; make it real first: "
       "tensor.resolve_neg().clone()");
+}
+
+void boxed_tensor_table(StableIValue* stack, uint64_t, uint64_t) {
+  const TensorList params(stack[0]), grads(stack[1]), exp_avgs(stack[2]), exp_avg_sqs(stack[3]),
+      max_exp_avg_sqs(stack[4]), steps(stack[5]), bias_weights(stack[6]);
+  stack[0] = torch::stable::detail::from(
+      tensor_table(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, bias_weights));
 }
 
 template <typename S, typename T>
@@ -380,6 +424,6 @@ template void write_slot<double>(const Table&, const Row&, Slot, bool, int64_t, 
 
 }  // namespace fca
 
-STABLE_TORCH_LIBRARY_IMPL(fused_clip_adam, CPU, m) { m.impl("tensor_table", TORCH_BOX(&fca::tensor_table)); }
-STABLE_TORCH_LIBRARY_IMPL(fused_clip_adam, Negative, m) { m.impl("tensor_table", TORCH_BOX(&fca::refuse_lazy)); }
-STABLE_TORCH_LIBRARY_IMPL(fused_clip_adam, ZeroTensor, m) { m.impl("tensor_table", TORCH_BOX(&fca::refuse_lazy)); }
+STABLE_TORCH_LIBRARY_IMPL(fused_clip_adam, CPU, m) { m.impl("tensor_table", &fca::boxed_tensor_table); }
+STABLE_TORCH_LIBRARY_IMPL(fused_clip_adam, Negative, m) { m.impl("tensor_table", &fca::refuse_lazy); }
+STABLE_TORCH_LIBRARY_IMPL(fused_clip_adam, ZeroTensor, m) { m.impl("tensor_table", &fca::refuse_lazy); }
