@@ -1,4 +1,7 @@
-"""Draws the newest results, `python -m benchmarks.plot [--png]` -> `results/<device>/overview.svg`."""
+"""Draws the newest results and puts them into the README.
+
+`python -m benchmarks.plot [--png]` -> `results/<device>/overview.svg` and the table between the README's markers.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks.harness import BASELINE, RESULTS
+from benchmarks.harness import BASELINE, RESULTS, ROOT
 
 # Ceilings are not competitors; the second panel shows how near ours comes to them.
 CEILINGS = ("stream (ceiling)", "torch copy_")
@@ -68,7 +71,7 @@ def draw(results: list[dict], path: Path) -> Path:
     )
     right.axvline(1, color="black", linewidth=0.8, linestyle=":")
     right.set(xlim=(0, 1.25), ylim=(len(fractions) - 0.4, -0.6))
-    right.set_xlabel("bytes a second of ours over the stream's")
+    right.set_xlabel("bytes/s of ours over the stream's")
 
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
@@ -76,6 +79,47 @@ def draw(results: list[dict], path: Path) -> Path:
     figure.savefig(path, dpi=110, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)
     return path
+
+
+README_START, README_END = "<!-- results: python -m benchmarks.plot writes this", "<!-- end of results -->"
+README_PEERS = {  # column -> the names it may have in a result, in order of preference
+    "clip_grad_norm_ + AdamW(fused), or AdamW(fused) without clip": ("torch fused",),
+    "AdamW(fused), clip by grad_scale": ("torch fused, grad_scale",),
+    "DeepSpeedCPUAdam": ("DeepSpeedCPUAdam",),
+    "torch eager": ("torch eager",),
+    "torch.compile": ("torch.compile",),
+}
+
+
+def readme_table(results: list[dict]) -> str:
+    """Markdown: per case the peers' time over ours and the fraction of the stream's bandwidth."""
+    machine = max((result["machine"] for result in results), key=lambda m: m["date"])
+    lines = [
+        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, {machine['date']}; commit "
+        f"{', '.join(sorted({result['machine']['commit'] for result in results}))}. A peer's time over ours, median of "
+        "paired rounds (p20 to p80): above 1 ours is faster.",
+        "",
+        f"| case | {' | '.join(README_PEERS)} | bytes/s of the stream's |",
+        "|---|" + "---|" * (len(README_PEERS) + 1),
+    ]
+    for result in results:
+        cells = [result["title"]]
+        for names in README_PEERS.values():
+            found = [result["candidates"][name]["over_ours"] for name in names if name in result["candidates"]]
+            cells.append(f"{found[0]['p50']:.2f} ({found[0]['p20']:.2f} to {found[0]['p80']:.2f})" if found else "")
+        fraction = result["candidates"][BASELINE]["fraction_of_stream"]
+        cells.append("" if fraction is None else f"{fraction['p50']:.0%}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def readme_with(text: str, results: list[dict], figure: str) -> str:
+    """The README's text with the results between its markers."""
+    head, rest = text.split(README_START)
+    marker, rest = rest.split("\n", 1)
+    tail = rest.split(README_END)[1]
+    block = f"{readme_table(results)}\n\n![ratios to peers and share of the ceiling]({figure})"
+    return f"{head}{README_START}{marker}\n{block}\n{README_END}{tail}"
 
 
 def _caption(results: list[dict]) -> str:
@@ -92,7 +136,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--png", action="store_true", help="a PNG instead of the SVG")
     suffix = ".png" if parser.parse_args(arguments).png else ".svg"
     folder, results = newest_results()
-    print(f"drew {draw(results, folder / f'overview{suffix}').relative_to(RESULTS.parent)}")
+    figure = draw(results, folder / f"overview{suffix}").relative_to(ROOT).as_posix()
+    (ROOT / "README.md").write_text(readme_with((ROOT / "README.md").read_text(), results, figure))
+    print(f"drew {figure} and wrote the README's results")
 
 
 if __name__ == "__main__":

@@ -97,6 +97,14 @@ def test_links_lead_somewhere(document):
         assert (path.parent / target).exists(), f"{document} links to {target}"
 
 
+def test_readme_results_are_those_of_the_result_files():
+    from benchmarks import plot
+
+    folder, results = plot.newest_results()
+    figure = (folder / "overview.svg").relative_to(ROOT).as_posix()
+    assert plot.readme_with(README, results, figure) == README, "run python -m benchmarks.plot"
+
+
 def test_no_name_is_undocumented():
     for name in fca.__all__:
         if name != "__version__":

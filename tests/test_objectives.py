@@ -739,3 +739,16 @@ def test_gradcheck(name, estimator, backend):
         return fca.policy_loss(**{**batch, "logp": logp}, backend=backend, **options)[0]
 
     assert torch.autograd.gradcheck(loss, batch["logp"].requires_grad_())
+
+
+@pytest.mark.parametrize("backend", ("cpu", "reference"))
+def test_float16_overflow_of_a_grad_scaler_is_seen(backend):
+    # Our own gradient saturates; the scaler's factor must be able to overflow, or it would never be lowered.
+    logp = torch.zeros(1, 2, dtype=torch.float16, requires_grad=True)
+    loss, _ = fca.policy_loss(logp, torch.zeros(1, 2), torch.full((1, 2), 6e4), backend=backend)
+    (loss * 2.0**16).backward()
+    assert bool(logp.grad.isinf().all())
+    logp.grad = None
+    loss, _ = fca.policy_loss(logp, torch.zeros(1, 2), torch.full((1, 2), 1e9), backend=backend)
+    loss.backward()
+    assert bool(logp.grad.isfinite().all())

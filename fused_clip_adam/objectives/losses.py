@@ -64,15 +64,19 @@ class _PolicyLoss(torch.autograd.Function):
         if grad_loss is None:
             return None, None, None, None
         grad, scale = ctx.saved_tensors
-        return _cast(grad * (grad_loss * scale), ctx.dtype, ctx.shape), None, None, None
+        return _finish(grad, scale, ctx.dtype, ctx.shape, grad_loss), None, None, None
 
 
-def _cast(grad: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
-    """The gradient as logp's dtype and shape; a float16 gradient saturates instead of overflowing."""
-    if dtype == torch.float16:
-        most = torch.finfo(torch.float16).max
-        grad = grad.clamp(-most, most)
-    return grad.to(dtype).reshape(shape)
+def _finish(grad: Tensor, scale: Tensor, dtype: torch.dtype, shape: torch.Size, upstream: Tensor | float = 1.0):
+    """upstream * scale * grad as logp's dtype and shape.
+
+    In float16 our own part saturates; what `upstream` adds may overflow, as it must: a GradScaler lowers its scale by
+    the infinities it finds.
+    """
+    if dtype != torch.float16:
+        return (grad * (scale * upstream)).to(dtype).reshape(shape)
+    most = torch.finfo(torch.float16).max
+    return ((grad * scale).clamp(-most, most) * upstream).to(dtype).reshape(shape)
 
 
 def policy_loss(
@@ -99,7 +103,7 @@ def policy_loss(
         logp: [B, T] or packed [N]; log-probabilities of the taken tokens under the policy being trained; float64,
             float32, bfloat16 or float16 (arithmetic in float32, float64 for float64).
         old_logp: like `logp`; under the policy that sampled. No gradient flows into it, nor into what follows.
-        advantages: [B], [B, T]; packed: [N], or [S] for S sequences.
+        advantages: [B], [B, T]; packed: [N], or [S] for S sequences (where S = N they are read as per token).
         mask: like `logp`; nonzero tokens count. Masked tokens are never read into arithmetic: they may be NaN.
         objective: `PPO`, `GSPO` or `CISPO`.
         aggregation: "token-mean" (sum over tokens / tokens), "sequence-mean" (mean over sequences of the mean over
@@ -117,7 +121,9 @@ def policy_loss(
         (loss, stats): 0-d loss, float32 (float64 for float64 input), and a `ClipStats`.
 
     A token with a non-finite input is treated as masked and counted in `stats.nonfinite`. D is clamped to [-20, 20]
-    where it enters exp; the gradient beyond is the clamped value's. With no token left the loss and its gradient are 0.
+    where it enters exp; the gradient beyond is the clamped value's. Huge finite inputs saturate at 2^127 (float64:
+    2^960): nothing finite becomes NaN. With no token left the loss and its gradient are 0. `kl_k1..3` and the KL term
+    are per token for every objective; `suppressed_mass` counts a token whose own ratio term is clipped flat.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, or an unknown name.
@@ -160,7 +166,7 @@ def dloss_dlogp(logp: Tensor, old_logp: Tensor, advantages: Tensor, **options: A
     call, run = _prepare_options(logp, old_logp, advantages, options)
     with torch.no_grad():
         _, grad, scale, _ = run(*call, True)
-        return _cast(grad * scale, logp.dtype, logp.shape)
+        return _finish(grad, scale, logp.dtype, logp.shape)
 
 
 def clip_stats(logp: Tensor, old_logp: Tensor, advantages: Tensor, **options: Any) -> ClipStats:
