@@ -20,14 +20,14 @@ Tensor grad_square_sum(const Tensor& table_tensor) {
         if (row.dtype[GRAD] == DType::F64) {
           double* tile = direct_slot<double>(row, GRAD, row.flat, i);
           if (tile == nullptr) read_slot<double>(table, row, GRAD, row.flat, i, size, tile = buffer);
-          sum += stream_squares_tile<double>(tile, size);
+          sum += sum_squares_tile<double, true>(tile, size);
         } else {
           float* tile = direct_slot<float>(row, GRAD, row.flat, i);
           if (tile == nullptr) {
             tile = reinterpret_cast<float*>(buffer);
             read_slot<float>(table, row, GRAD, row.flat, i, size, tile);
           }
-          sum += stream_squares_tile<float>(tile, size);
+          sum += sum_squares_tile<float, true>(tile, size);
         }
       }
       partial[c] = sum;

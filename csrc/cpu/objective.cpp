@@ -341,7 +341,7 @@ class Objective {
       for (int64_t k = 0; k <= KL_K3; ++k) sum[k] += sum_tile<T>(summed[k], n);
       for (int64_t i = 0; i < n; ++i) t.total[i] = t.valid[i] * t.r[i];
       sum[RATIO_SUM] += sum_tile<T>(t.total, n);
-      sum[RATIO_SQ_SUM] += sum_squares_tile<T>(t.total, n);
+      sum[RATIO_SQ_SUM] += sum_squares_tile<T, false>(t.total, n);
       double least, greatest;
       ratio_range<T>(t.r, t.valid, n, &least, &greatest);
       sum[RATIO_MIN] = std::min(sum[RATIO_MIN], least);

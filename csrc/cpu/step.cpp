@@ -136,7 +136,7 @@ double update_chunk(const Table& table, const Chunk& chunk, const StepScalars<T>
       const TileSet<T> tiles = {param.data, exp_avg.data, exp_avg_sq.data, AMSGRAD ? max_exp_avg_sq.data : nullptr,
                                 grad.data};
       update_tile<T, RULE, AMSGRAD, COUPLED>(tiles, n, scalars, keep);
-      if (sum_squares) sum += sum_squares_tile<T>(grad.data, n);  // after the update: the gradient is in L1 now
+      if (sum_squares) sum += sum_squares_tile<T, false>(grad.data, n);  // after the update: the gradient is in L1 now
       param.write(table, row, PARAM, flat, i, n);
       exp_avg.write(table, row, EXP_AVG, flat, i, n);
       exp_avg_sq.write(table, row, EXP_AVG_SQ, flat, i, n);
