@@ -555,3 +555,15 @@ def test_strided_and_narrow_tensors_give_the_same_bytes_everywhere(tmp_path):
     expected = bytes_of_a_process(tmp_path, 2, None)
     for threads, isa in ((1, "avx2"), (2, "baseline")):
         assert bytes_of_a_process(tmp_path, threads, isa) == expected, (threads, isa)
+
+
+def test_wrapper_subclasses_are_refused():
+    # DTensor and its like hold their memory elsewhere; torch's own two-tensor wrapper stands for them.
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    p = torch.nn.Parameter(TwoTensor(torch.ones(3), torch.ones(3)))
+    p.grad = TwoTensor(torch.ones(3), torch.ones(3))
+    opt = fca.FusedClipAdamW([p])
+    with pytest.raises(TypeError, match="TwoTensor"):
+        opt.step()
+    assert len(opt.state) == 0
