@@ -20,8 +20,10 @@
 #endif
 
 #if defined(__GNUC__) || defined(__clang__)
+#define FCA_LAMBDA_INLINE __attribute__((always_inline))
 #define FCA_PREFETCH(address) __builtin_prefetch(address, 0, 3)
 #else
+#define FCA_LAMBDA_INLINE
 #define FCA_PREFETCH(address) ((void)0)
 #endif
 
