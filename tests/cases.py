@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 import fused_clip_adam as fca
@@ -111,6 +109,3 @@ def bitwise_equal(x: list[torch.Tensor], y: list[torch.Tensor]) -> bool:
 def _bytes(x: torch.Tensor) -> torch.Tensor:
     x = x.detach().contiguous()
     return x.reshape(-1).view(torch.uint8) if x.numel() else x.reshape(-1).to(torch.uint8)
-
-
-NAN = math.nan

@@ -17,7 +17,6 @@ class Overshoot:
     """Base of the rules accepted as `overshoot=`."""
 
     kernel_code: ClassVar[int] = 0
-    needs_stats: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,6 @@ class MomentumBrake(Overshoot):
     strength: float = 0.5
     mode: str = "renormalise"
     hold_v: float = 0.0
-    needs_stats: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not (isinstance(self.strength, (int, float)) and 0.0 <= self.strength <= 1.0):
