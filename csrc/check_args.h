@@ -9,6 +9,8 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "table.h"
+
 namespace fca {
 
 using torch::headeronly::ScalarType;
@@ -26,9 +28,6 @@ template <typename... Parts>
 void check(bool condition, const Parts&... parts) {
   if (!condition) fail(parts...);
 }
-
-// The storage types of parameters, gradients, states and log-probabilities.
-enum class DType : int64_t { F64 = 0, F32 = 1, BF16 = 2, F16 = 3 };
 
 inline DType floating_dtype(const Tensor& tensor, const char* name, int64_t index = -1) {
   switch (tensor.scalar_type()) {

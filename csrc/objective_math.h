@@ -4,11 +4,11 @@
 // before the aggregation weight. Bounds are inclusive: r == bound keeps its gradient.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 
-#include "update_math.h"  // FCA_INLINE
+#include "storage.h"
 
 namespace fca {
 
@@ -18,14 +18,6 @@ enum class KlEstimator : int64_t { NONE = 0, K1 = 1, K2 = 2, K3 = 3, K3_PLUS = 4
 
 // Where a log-ratio enters exp it is first clamped to this: e^20 ~ 4.9e8 stays far from overflow in every sum below.
 constexpr double kMaxLogRatio = 20.0;
-
-template <typename To, typename From>
-FCA_INLINE To bit_cast(From x) {
-  static_assert(sizeof(To) == sizeof(From), "bit_cast needs equal sizes");
-  To out;
-  std::memcpy(&out, &x, sizeof(out));
-  return out;
-}
 
 // Both sides are evaluated: a loop of selects has no control flow, so that compilers vectorise it.
 template <typename T>

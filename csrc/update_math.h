@@ -7,13 +7,8 @@
 #include <cmath>
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define FCA_INLINE __host__ __device__ __forceinline__
-#elif defined(__GNUC__) || defined(__clang__)
-#define FCA_INLINE inline __attribute__((always_inline))
-#else
-#define FCA_INLINE inline
-#endif
+#include "storage.h"
+#include "table.h"
 
 namespace fca {
 
@@ -32,10 +27,14 @@ struct GroupScalars {
   double lagged_norm;  // 1: compare the previous step's norm
   double sign;         // -1 for maximize
   double brake_mode, brake_strength, brake_hold_v;
+  double lr, eps, weight_decay;
+  double coupled;      // 1: weight decay is an L2 term of the gradient (Adam), 0: decoupled (AdamW)
+  int64_t lr_address;  // of a 0-d learning rate on the device, which then replaces `lr`; else 0
+  int64_t lr_is_f64;
 };
 constexpr int64_t kGroupScalars = sizeof(GroupScalars) / sizeof(double);
 
-// What the update kernel needs to know about a group. Field order is the column order of `control`.
+// What follows for a group from the step's norm and signals. Field order is the column order of `control`.
 struct Control {
   double skip;             // 1: change nothing
   double grad_factor;      // sign * unscale * clip coefficient
@@ -89,7 +88,7 @@ FCA_INLINE Control make_control(const GroupScalars& group, double unscale, doubl
   return out;
 }
 
-// ---------------------------------------------------------------- update: one element
+// ---------------------------------------------------------------- prologue: scalars of a tensor
 
 // Scalars of one tensor in the arithmetic type. All are prepared in float64 and rounded once.
 template <typename T>
@@ -100,6 +99,56 @@ struct StepScalars {
   T decay;  // 1 - lr * weight_decay (decoupled), else 1
   T l2;     // weight_decay added to the gradient (coupled), else 0
 };
+
+// Advances the step and bias weights of a tensor and returns its scalars. The weights are 1 - beta^step, or the
+// recurrence W <- a W + b where beta1 or beta2 varies from step to step.
+FCA_INLINE StepScalars<double> advance(const Row& row, const GroupScalars& group, const Control& control, double lr) {
+  double step;
+  if (row.step_is_f64) {
+    step = *reinterpret_cast<double*>(row.step) += 1.0;
+  } else {
+    step = *reinterpret_cast<float*>(row.step) += 1.0f;
+  }
+  double w1, w2;
+  if (row.bias_weights != 0) {
+    double* w = reinterpret_cast<double*>(row.bias_weights);
+    w1 = w[0] = control.w1_a * w[0] + control.w1_b;
+    w2 = w[1] = control.beta2 * w[1] + control.one_minus_beta2;
+  } else {
+    w1 = 1.0 - std::pow(group.beta1, step);
+    w2 = 1.0 - std::pow(group.beta2, step);
+  }
+  StepScalars<double> s;
+  s.grad_factor = control.grad_factor;
+  s.a = control.a;
+  s.b = control.b;
+  s.beta2 = control.beta2;
+  s.one_minus_beta2 = control.one_minus_beta2;
+  s.inv_w1 = 1.0 / w1;
+  s.inv_sqrt_w2 = 1.0 / std::sqrt(w2);
+  s.eps = group.eps;
+  s.lr = lr;
+  s.decay = group.coupled != 0.0 ? 1.0 : 1.0 - lr * group.weight_decay;
+  s.l2 = group.coupled != 0.0 ? group.weight_decay : 0.0;
+  return s;
+}
+
+template <typename T>
+FCA_INLINE StepScalars<T> rounded(const StepScalars<double>& s) {
+  return {static_cast<T>(s.grad_factor),
+          static_cast<T>(s.a),
+          static_cast<T>(s.b),
+          static_cast<T>(s.beta2),
+          static_cast<T>(s.one_minus_beta2),
+          static_cast<T>(s.inv_w1),
+          static_cast<T>(s.inv_sqrt_w2),
+          static_cast<T>(s.eps),
+          static_cast<T>(s.lr),
+          static_cast<T>(s.decay),
+          static_cast<T>(s.l2)};
+}
+
+// ---------------------------------------------------------------- update: one element
 
 template <typename T>
 FCA_INLINE bool same_sign(T x, T y) {  // x * y > 0 without the underflow

@@ -27,7 +27,7 @@ class Batch:
     steps: list[Tensor] = dataclasses.field(default_factory=list)
     bias_weights: list[Tensor] = dataclasses.field(default_factory=list)
 
-    def tensors(self) -> tuple[list[Tensor], ...]:
+    def tensors(self) -> tuple:
         """The arguments of a backend's `tensor_table`."""
         return (
             self.params,
@@ -37,6 +37,7 @@ class Batch:
             self.max_exp_avg_sqs,
             self.steps,
             self.bias_weights,
+            self.group,
         )
 
 
@@ -74,6 +75,7 @@ def attach_states(
     state: dict[Tensor, Any],
     amsgrad: bool,
     weigh: bool,
+    on_device: bool,
     new_state: Callable[[Tensor], dict[str, Any]],
     added: list[tuple[dict, Any]],
 ) -> None:
@@ -82,6 +84,7 @@ def attach_states(
     Args:
         weigh: the group varies its betas, so every parameter needs `bias_weights`. They are also used where a
             parameter has them from before: 1 - beta^step would no longer be its true weight.
+        on_device: the kernels advance `step` themselves; one that a checkpoint left on the host is moved.
     """
     states = [state.get(p) for p in batch.params]
     for i, own in enumerate(states):
@@ -92,6 +95,9 @@ def attach_states(
         elif amsgrad and "max_exp_avg_sq" not in own:
             own["max_exp_avg_sq"] = torch.zeros_like(own["exp_avg_sq"])
             added.append((own, "max_exp_avg_sq"))
+        own = states[i]
+        if on_device and own["step"].device != batch.device:
+            own["step"] = own["step"].to(batch.device)
     batch.exp_avgs = [own["exp_avg"] for own in states]
     batch.exp_avg_sqs = [own["exp_avg_sq"] for own in states]
     batch.steps = [own["step"] for own in states]

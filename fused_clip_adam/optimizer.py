@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -43,7 +44,8 @@ _EXTRAS_DOC = """
         state_dtype: None keeps the moments in the parameter's dtype, as torch does; torch.float32 keeps them in
             float32.
         skip_nonfinite: True makes a step whose gradient norm is not finite change nothing.
-        backend: "auto", "cpu" (native kernels) or "reference" (plain torch operations, any device).
+        backend: "auto", "cpu" (native kernels), "cuda" (native kernels), "triton" or "reference" (plain torch
+            operations, any device). "auto" takes the native kernels of the parameters' device, else Triton on a GPU.
 
     `grad_clip`, `overshoot`, `reset` and the numbers may also be set per param group, and changed between steps.
 
@@ -99,6 +101,7 @@ class _FusedClip:
         self._grad_square_sum = torch.zeros((), dtype=torch.float64, device="cpu")
         self._steps_skipped = torch.zeros((), dtype=torch.int64, device="cpu")
         self._observed: Tensor | None = None
+        self._kept: dict[torch.device, _Kept] = {}
         super().__init__(
             params,
             lr=lr,
@@ -140,41 +143,40 @@ class _FusedClip:
         return loss
 
     def _step(self) -> None:
-        scalars = [self._checked_scalars(index, group) for index, group in enumerate(self.param_groups)]
+        for index, group in enumerate(self.param_groups):
+            self._check_group(index, group)
         batches = collect(self.param_groups)
         if not batches:
             return
-        device = batches[0].device
-        backend = backends.choose(self.backend, device.type)
-        for batch in batches:
-            if batch.device != device and (backends.choose(self.backend, batch.device.type) is not backend):
-                raise RuntimeError(f"one step cannot mix {device} and {batch.device} parameters under this backend")
-        self._grad_square_sum = self._grad_square_sum.to(device)
-        self._steps_skipped = self._steps_skipped.to(device)
+        self._check_capture()
+        parts = self._parts(batches)
+        needs_norm = self.skip_nonfinite or any(
+            isinstance(g.get("grad_clip"), GlobalNorm) and not g["grad_clip"].lag for g in self.param_groups
+        )
         added: list[tuple[dict, Any]] = []
         try:
-            tables = self._tables(batches, scalars, backend, added)
+            # Everything is checked here; nothing has been changed yet.
+            tables = [[self._table(batch, part.backend, added) for batch in part.batches] for part in parts]
+            for part, own_tables in zip(parts, tables):
+                part.place(own_tables, self._group_scalars(part), self.param_groups)
 
             # 1 norm: only where a rule needs this step's norm before the update; otherwise the update gathers it.
-            needs_norm = self.skip_nonfinite or any(
-                isinstance(g.get("grad_clip"), GlobalNorm) and not g["grad_clip"].lag for g in self.param_groups
-            )
-            square_sums = None
+            square_sums: list[Tensor | None] = [None] * len(parts)
             if needs_norm:
-                square_sums = torch.stack([backend.grad_square_sum(table).to(device) for table in tables])
+                square_sums = _everywhere([part.backend.grad_square_sums(part.placed) for part in parts])
 
             # 2 prologue
-            rows = [self._group_scalars(g, s) for g, s in zip(self.param_groups, scalars)]
-            control = backend.prologue(
-                torch.tensor(rows, dtype=torch.float64, device="cpu"),
-                square_sums,
-                _as_tensor(getattr(self, "grad_scale", None), device),
-                _as_tensor(getattr(self, "found_inf", None), device),
-                self._observed,
-                self._grad_square_sum,
-                self._steps_skipped,
-                self.skip_nonfinite,
-            )
+            for part, sums in zip(parts, square_sums):
+                part.control = part.backend.prologue(
+                    part.placed,
+                    sums,
+                    _as_tensor(getattr(self, "grad_scale", None), part.device),
+                    _as_tensor(getattr(self, "found_inf", None), part.device),
+                    _as_tensor(self._observed, part.device),
+                    part.grad_square_sum,
+                    part.steps_skipped,
+                    self.skip_nonfinite,
+                )
         except Exception:
             for owner, key in reversed(added):
                 del owner[key]
@@ -182,69 +184,93 @@ class _FusedClip:
         self._observed = None
 
         # 3 update
-        for batch, table in zip(batches, tables):
-            group = self.param_groups[batch.group]
-            lr, beta1, beta2, eps, weight_decay = scalars[batch.group]
-            rule = group.get("overshoot")
-            block = rule.block if isinstance(rule, AlignedMomentum) and rule.block != "element" else 1
-            backend.update_(
-                table,
-                control,
-                batch.group,
-                lr,
-                beta1,
-                beta2,
-                eps,
-                weight_decay,
-                not group["decoupled_weight_decay"],
-                group["amsgrad"],
-                rule.kernel_code if rule is not None else 0,
-                block,
-                None if needs_norm else self._grad_square_sum,
-            )
-            # Raw writes do not tell autograd: a graph that saved an old parameter must notice.
-            torch.autograd.graph.increment_version(batch.params)
+        gathered = None if needs_norm else [part.gathered for part in parts]
+        for i, part in enumerate(parts):
+            for j, batch in enumerate(part.batches):
+                group = self.param_groups[batch.group]
+                part.backend.update_(
+                    part.placed,
+                    part.control,
+                    j,
+                    _is_coupled(group),
+                    group["amsgrad"],
+                    _kernel_code(group),
+                    _block(group),
+                    None if gathered is None else gathered[i],
+                )
+                # Raw writes do not tell autograd: a graph that saved an old parameter must notice.
+                torch.autograd.graph.increment_version(batch.params)
+        if gathered is not None and len(parts) > 1:
+            for part, sums in zip(parts, _everywhere([own.reshape(1) for own in gathered])):
+                part.grad_square_sum += sums.sum()
 
-    def _tables(self, batches: list[Batch], scalars: list[tuple], backend, added: list[tuple[dict, Any]]) -> list[Any]:
-        """Attaches states and builds every table before anything is changed; notes in `added` what is new."""
-        tables = []
+    def _parts(self, batches: list[Batch]) -> list[_Part]:
+        """The batches by device, each with the backend that runs there and what the device keeps between steps."""
+        parts: dict[torch.device, _Part] = {}
         for batch in batches:
-            group = self.param_groups[batch.group]
-            weigh = isinstance(group.get("overshoot"), MomentumBrake)
-            attach_states(
-                batch, self.state, group["amsgrad"], weigh, lambda p, group=group: self._new_state(p, group), added
-            )
-            _, beta1, beta2, _, _ = scalars[batch.group]
-            for i, weights in enumerate(batch.bias_weights):
-                if weights is None:
-                    step = float(batch.steps[i])
-                    own = self.state[batch.params[i]]
-                    weights = [1 - beta1**step, 1 - beta2**step]
-                    own["bias_weights"] = torch.tensor(weights, dtype=torch.float64, device=batch.device)
-                    added.append((own, "bias_weights"))
-                    batch.bias_weights[i] = own["bias_weights"]
-            tables.append(backend.tensor_table(*batch.tensors()))
-        return tables
+            part = parts.get(batch.device)
+            if part is None:
+                kept = self._kept.get(batch.device)
+                if kept is None:
+                    kept = self._kept[batch.device] = _Kept()
+                parts[batch.device] = part = _Part(
+                    batch.device, backends.choose_step(self.backend, batch.device.type), kept
+                )
+            part.batches.append(batch)
+        first, *others = parts.values()
+        self._grad_square_sum = first.grad_square_sum = self._grad_square_sum.to(first.device)
+        self._steps_skipped = first.steps_skipped = self._steps_skipped.to(first.device)
+        first.gathered = first.grad_square_sum
+        for part in others:  # they decide alike; the first device keeps the books
+            part.grad_square_sum = self._grad_square_sum.to(part.device, copy=True)
+            part.steps_skipped = self._steps_skipped.to(part.device, copy=True)
+        if others:
+            for part in parts.values():
+                part.gathered = torch.zeros_like(part.grad_square_sum)
+        return list(parts.values())
 
-    def _new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        on_device = group["capturable"] or group["fused"]
+    def _table(self, batch: Batch, backend, added: list[tuple[dict, Any]]) -> Any:
+        """A batch's table, its states attached; notes in `added` what is new."""
+        group = self.param_groups[batch.group]
+        on_device = getattr(backend, "ON_DEVICE", False)
+        attach_states(
+            batch,
+            self.state,
+            group["amsgrad"],
+            isinstance(group.get("overshoot"), MomentumBrake),
+            on_device,
+            lambda p: self._new_state(p, group, on_device),
+            added,
+        )
+        for i, weights in enumerate(batch.bias_weights):
+            if weights is None:
+                step = batch.steps[i].detach().double()
+                own = self.state[batch.params[i]]
+                own["bias_weights"] = torch.stack([1 - float(beta) ** step for beta in group["betas"]]).to(batch.device)
+                added.append((own, "bias_weights"))
+                batch.bias_weights[i] = own["bias_weights"]
+        return backend.tensor_table(*batch.tensors())
+
+    def _new_state(self, p: Tensor, group: dict[str, Any], on_device: bool) -> dict[str, Any]:
+        # The GPU kernels advance the step themselves, so that a skipped step needs no host read.
+        on_device = on_device or group["capturable"] or group["fused"]
         step_dtype = torch.float32 if group["fused"] or torch.get_default_dtype() != torch.float64 else torch.float64
         state = {"step": torch.zeros((), dtype=step_dtype, device=p.device if on_device else "cpu")}
         for name in ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if group["amsgrad"] else ()):
             state[name] = torch.zeros_like(p, dtype=self.state_dtype, memory_format=torch.preserve_format)
         return state
 
-    def _checked_scalars(self, index: int, group: dict[str, Any]) -> tuple[float, float, float, float, float]:
-        """(lr, beta1, beta2, eps, weight_decay) as floats.
-
-        Raises:
-            ValueError: one of them is negative or NaN, or a beta is not below 1.
+    def _check_group(self, index: int, group: dict[str, Any]) -> None:
+        """Raises:
+        ValueError: a number is negative or NaN, or a beta is not below 1. A learning rate on a device is not read.
         """
-        lr, eps, weight_decay = float(group["lr"]), float(group["eps"]), float(group["weight_decay"])
-        beta1, beta2 = (float(beta) for beta in group["betas"])
-        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-            if not value >= 0.0:
+        for name in ("lr", "eps", "weight_decay"):
+            value = group[name]
+            if name == "lr" and isinstance(value, Tensor) and value.device.type != "cpu":
+                continue
+            if not float(value) >= 0.0:
                 raise ValueError(f'param_groups[{index}]["{name}"] must be at least 0, got {value!r}')
+        beta1, beta2 = (float(beta) for beta in group["betas"])
         if not (0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0):
             raise ValueError(f'param_groups[{index}]["betas"] must lie in [0, 1), got {(beta1, beta2)!r}')
         if group["differentiable"]:
@@ -252,24 +278,54 @@ class _FusedClip:
         for key in RULE_KEYS:  # a scheduler or a user may have set a short name between steps
             if group.get(key) is not None:
                 group[key] = _AS_RULE[key](group[key])
-        return lr, beta1, beta2, eps, weight_decay
 
-    @staticmethod
-    def _group_scalars(group: dict[str, Any], scalars: tuple) -> list[float]:
-        """One row of the prologue's `group_scalars` (struct GroupScalars of csrc/update_math.h)."""
-        _, beta1, beta2, _, _ = scalars
-        clip, rule = group.get("grad_clip"), group.get("overshoot")
-        brake = rule if isinstance(rule, MomentumBrake) else None
-        return [
-            beta1,
-            beta2,
-            clip.max_norm if clip is not None else -1.0,
-            float(clip is not None and clip.lag),
-            -1.0 if group["maximize"] else 1.0,
-            float(brake.brake_code) if brake else 0.0,
-            brake.strength if brake else 0.0,
-            brake.hold_v if brake else 0.0,
-        ]
+    def _check_capture(self) -> None:
+        """Raises:
+        RuntimeError: a CUDA graph is being captured and a group is not capturable.
+        """
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            for index, group in enumerate(self.param_groups):
+                if not group["capturable"]:
+                    raise RuntimeError(
+                        f"a CUDA graph is being captured, but param_groups[{index}] has capturable=False; construct "
+                        f"{type(self).__name__} with capturable=True"
+                    )
+
+    def _group_scalars(self, part: _Part) -> Tensor:
+        """The prologue's `group_scalars` (struct GroupScalars of csrc/update_math.h), on the host."""
+        rows, addresses = [], []
+        for group in self.param_groups:
+            clip, rule, lr = group.get("grad_clip"), group.get("overshoot"), group["lr"]
+            brake = rule if isinstance(rule, MomentumBrake) else None
+            beta1, beta2 = group["betas"]
+            address = (0, 0)
+            if part.on_device and isinstance(lr, Tensor) and lr.device.type != "cpu":
+                # The kernel reads it where it is: no host sync, and a captured graph sees it change.
+                lr = part.keep(lr.detach().to(part.device))
+                lr = lr if lr.dtype in (torch.float32, torch.float64) else part.keep(lr.double())
+                address, lr = (lr.data_ptr(), int(lr.dtype == torch.float64)), 0.0
+            rows.append(
+                [
+                    float(beta1),
+                    float(beta2),
+                    clip.max_norm if clip is not None else -1.0,
+                    float(clip is not None and clip.lag),
+                    -1.0 if group["maximize"] else 1.0,
+                    float(brake.brake_code) if brake else 0.0,
+                    brake.strength if brake else 0.0,
+                    brake.hold_v if brake else 0.0,
+                    float(lr),
+                    float(group["eps"]),
+                    float(group["weight_decay"]),
+                    float(_is_coupled(group)),
+                    0.0,
+                    0.0,
+                ]
+            )
+            addresses.append(address)
+        out = torch.tensor(rows, dtype=torch.float64, device="cpu")
+        out.view(torch.int64)[:, 12:] = torch.tensor(addresses, dtype=torch.int64, device="cpu")
+        return out
 
     def _differentiable_step(self) -> None:
         """torch's own differentiable update: autograd has to see every operation, so there is nothing to fuse."""
@@ -448,6 +504,10 @@ class _FusedClip:
             return saved.to(p.device, self.state_dtype, copy=True)
         return value.clone()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._kept = {}  # addresses of this process
+        super().__setstate__(state)
+
     def __getstate__(self) -> dict[str, Any]:
         names = ("backend", "state_dtype", "skip_nonfinite", "_default_rules", "_grad_square_sum", "_steps_skipped")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in (*names, "_observed")}}
@@ -486,6 +546,70 @@ class FusedClipAdam(_FusedClip, torch.optim.Adam):
 """
         + _EXTRAS_DOC
     )
+
+
+@dataclasses.dataclass
+class _Kept:
+    """What a device keeps between steps; nothing of it belongs in a state dict or a pickle."""
+
+    placed: Any = None
+
+
+@dataclasses.dataclass
+class _Part:
+    """One device's share of a step."""
+
+    device: torch.device
+    backend: Any
+    kept: _Kept
+    batches: list[Batch] = dataclasses.field(default_factory=list)
+    grad_square_sum: Any = None
+    steps_skipped: Any = None
+    gathered: Any = None  # what the update pass adds its gradients' squares to
+    placed: Any = None
+    control: Any = None
+    held: list[Tensor] = dataclasses.field(default_factory=list)
+
+    @property
+    def on_device(self) -> bool:
+        return getattr(self.backend, "ON_DEVICE", False)
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """The tensor itself, alive until the step's kernels have been launched."""
+        self.held.append(tensor)
+        return tensor
+
+    def place(self, tables: list, group_scalars: Tensor, param_groups: list[dict[str, Any]]) -> None:
+        groups = [param_groups[batch.group] for batch in self.batches]
+        blocks = [_block(group) for group in groups]
+        capturable = any(group["capturable"] for group in groups)
+        self.placed = self.kept.placed = self.backend.place(
+            tables, group_scalars, blocks, self.kept.placed, self.device, capturable
+        )
+
+
+def _is_coupled(group: dict[str, Any]) -> bool:
+    """Whether weight decay enters through the gradient: Adam's, and not zero."""
+    return not group["decoupled_weight_decay"] and float(group["weight_decay"]) != 0.0
+
+
+def _kernel_code(group: dict[str, Any]) -> int:
+    rule = group.get("overshoot")
+    return rule.kernel_code if rule is not None else 0
+
+
+def _block(group: dict[str, Any]) -> int:
+    """Elements that share one gate; 1 where nothing is shared."""
+    rule = group.get("overshoot")
+    return rule.block if isinstance(rule, AlignedMomentum) and rule.block != "element" else 1
+
+
+def _everywhere(parts: list[Tensor]) -> list[Tensor]:
+    """Each device's float64 [n] sums -> on every device, all of them. One device keeps its own as they are."""
+    if len(parts) == 1:
+        return parts
+    sums = [part.sum() for part in parts]
+    return [torch.stack([own.to(part.device, non_blocking=True) for own in sums]) for part in parts]
 
 
 def _as_tensor(value: Any, device: torch.device) -> Tensor | None:

@@ -22,15 +22,14 @@ std::string cpu_capability(bool) {
 STABLE_TORCH_LIBRARY(fused_clip_adam, m) {
   m.def(
       "tensor_table(Tensor[] params, Tensor[] grads, Tensor[] exp_avgs, Tensor[] exp_avg_sqs, "
-      "Tensor[] max_exp_avg_sqs, Tensor[] steps, Tensor[] bias_weights) -> Tensor");
+      "Tensor[] max_exp_avg_sqs, Tensor[] steps, Tensor[] bias_weights, int group) -> Tensor");
   m.def("grad_square_sum(Tensor table) -> Tensor");
   m.def(
       "prologue(Tensor group_scalars, Tensor? square_sums, Tensor? grad_scale, Tensor? found_inf, Tensor? observed, "
       "Tensor(a!) grad_square_sum, Tensor(b!) steps_skipped, bool skip_nonfinite) -> Tensor");
   m.def(
-      "update_(Tensor table, Tensor control, int group, float lr, float beta1, float beta2, float eps, "
-      "float weight_decay, bool coupled, bool amsgrad, int overshoot, int block, "
-      "Tensor(a!)? grad_square_sum) -> ()");
+      "update_(Tensor table, Tensor group_scalars, Tensor control, bool coupled, bool amsgrad, int overshoot, "
+      "int block, Tensor(a!)? grad_square_sum) -> ()");
   m.def(
       "policy_loss(Tensor logp, Tensor old_logp, Tensor advantages, Tensor? mask, Tensor? weights, Tensor? ref_logp, "
       "Tensor? sequence_ids, int num_sequences, int token_rule, bool sequence_ratio, float low, float high, "

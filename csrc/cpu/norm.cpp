@@ -33,7 +33,7 @@ Tensor grad_square_sum(const Tensor& table_tensor) {
       partial[c] = sum;
     }
   });
-  Tensor out = torch::stable::empty({}, ScalarType::Double);
+  Tensor out = torch::stable::empty({1}, ScalarType::Double);
   double total = 0;
   for (double part : partial) total += part;
   *mutable_data<double>(out) = total;

@@ -4,23 +4,11 @@
 // which one square root and one division: the pass is bound by memory, and every extra below is free or nearly so.
 #include <optional>
 
+#include "../update_math.h"
 #include "table.h"
 
 namespace fca {
 namespace {
-
-// One instance per tensor: its scalars in both arithmetic types.
-struct TensorScalars {
-  StepScalars<float> f32;
-  StepScalars<double> f64;
-  template <typename T>
-  const StepScalars<T>& get() const {
-    if constexpr (sizeof(T) == 8)
-      return f64;
-    else
-      return f32;
-  }
-};
 
 // Addresses of one tile, in the storage type S.
 template <typename S>
@@ -203,65 +191,29 @@ UpdateChunk<T> choose(Overshoot rule, bool amsgrad, bool coupled) {
   fail("unknown overshoot rule ", static_cast<int64_t>(rule));
 }
 
-// Advances the tensor's step and bias weights and returns the weights in force: 1 - beta^step, or the recurrence
-// W <- a W + b where beta1 or beta2 varies from step to step.
-void advance(const Row& row, const Control& control, double beta1, double beta2, double* weights) {
-  double step;
-  if (row.step_is_f64) {
-    step = *reinterpret_cast<double*>(row.step) += 1.0;
-  } else {
-    step = *reinterpret_cast<float*>(row.step) += 1.0f;
-  }
-  if (row.bias_weights != 0) {
-    double* w = reinterpret_cast<double*>(row.bias_weights);
-    w[0] = control.w1_a * w[0] + control.w1_b;
-    w[1] = control.beta2 * w[1] + control.one_minus_beta2;
-    weights[0] = w[0];
-    weights[1] = w[1];
-  } else {
-    weights[0] = 1.0 - std::pow(beta1, step);
-    weights[1] = 1.0 - std::pow(beta2, step);
-  }
-}
-
-template <typename T>
-StepScalars<T> make_scalars(const Control& control, const double* weights, double lr, double eps, double weight_decay,
-                            bool coupled) {
-  StepScalars<T> s;
-  s.grad_factor = static_cast<T>(control.grad_factor);
-  s.a = static_cast<T>(control.a);
-  s.b = static_cast<T>(control.b);
-  s.beta2 = static_cast<T>(control.beta2);
-  s.one_minus_beta2 = static_cast<T>(control.one_minus_beta2);
-  s.inv_w1 = static_cast<T>(1.0 / weights[0]);
-  s.inv_sqrt_w2 = static_cast<T>(1.0 / std::sqrt(weights[1]));
-  s.eps = static_cast<T>(eps);
-  s.lr = static_cast<T>(lr);
-  s.decay = static_cast<T>(coupled ? 1.0 : 1.0 - lr * weight_decay);
-  s.l2 = static_cast<T>(coupled ? weight_decay : 0.0);
-  return s;
-}
-
-void update_(const Tensor& table_tensor, const Tensor& control_tensor, int64_t group, double lr, double beta1,
-             double beta2, double eps, double weight_decay, bool coupled, bool amsgrad, int64_t overshoot,
-             int64_t block, std::optional<Tensor> grad_square_sum) {
+void update_(const Tensor& table_tensor, const Tensor& group_scalars, const Tensor& control, bool coupled, bool amsgrad,
+             int64_t overshoot, int64_t block, std::optional<Tensor> grad_square_sum) {
   const Table table = read_table(table_tensor);
-  check(group >= 0 && (group + 1) * kControl <= control_tensor.numel(), "control has no group ", group);
+  const int64_t groups = group_scalars.numel() / kGroupScalars;
+  check_buffer(group_scalars, ScalarType::Double, groups * kGroupScalars, "group_scalars");
+  check_buffer(control, ScalarType::Double, groups * kControl, "control");
   check(block >= 1, "block must be at least 1, got ", block);
-  const Control& control = reinterpret_cast<const Control*>(const_data<double>(control_tensor))[group];
-  if (control.skip != 0.0) return;
+  const auto* group = reinterpret_cast<const GroupScalars*>(const_data<double>(group_scalars));
+  const auto* signals = reinterpret_cast<const Control*>(const_data<double>(control));
 
   const Overshoot rule = static_cast<Overshoot>(overshoot);
-  const UpdateChunk<float> update_f32 = choose<float>(rule, amsgrad, coupled && weight_decay != 0.0);
-  const UpdateChunk<double> update_f64 = choose<double>(rule, amsgrad, coupled && weight_decay != 0.0);
+  const UpdateChunk<float> update_f32 = choose<float>(rule, amsgrad, coupled);
+  const UpdateChunk<double> update_f64 = choose<double>(rule, amsgrad, coupled);
   const int64_t unit = rule == Overshoot::ALIGN_BLOCK ? block : kTile;
 
   for (int64_t r = 0; r < table.rows; ++r) {
     const Row& row = table.row[r];
+    check(row.group >= 0 && row.group < groups, "control has no group ", row.group);
     check(!amsgrad || row.numel == 0 || row.data[MAX_EXP_AVG_SQ] != 0, "amsgrad needs max_exp_avg_sqs");
   }
+  if (table.rows == 0 || signals[table.row[0].group].skip != 0.0) return;
 
-  std::vector<TensorScalars> scalars(table.rows);
+  std::vector<StepScalars<double>> scalars(table.rows);
   const std::vector<Chunk> chunks = make_chunks(table, unit);
   const int64_t n = static_cast<int64_t>(chunks.size());
   const bool sum_squares = grad_square_sum.has_value();
@@ -270,10 +222,7 @@ void update_(const Tensor& table_tensor, const Tensor& control_tensor, int64_t g
   // Nothing below can fail: from here on memory is written.
   for (int64_t r = 0; r < table.rows; ++r) {
     const Row& row = table.row[r];
-    double weights[2];
-    advance(row, control, beta1, beta2, weights);
-    scalars[r] = {make_scalars<float>(control, weights, lr, eps, weight_decay, coupled),
-                  make_scalars<double>(control, weights, lr, eps, weight_decay, coupled)};
+    scalars[r] = advance(row, group[row.group], signals[row.group], group[row.group].lr);
   }
 
   torch::stable::parallel_for(0, n, chunk_grain(table, n), [&](int64_t first, int64_t last) {
@@ -281,14 +230,15 @@ void update_(const Tensor& table_tensor, const Tensor& control_tensor, int64_t g
     for (int64_t c = last - 1; c >= first; --c) {
       const int64_t r = chunks[c].row;
       partial[c] = table.row[r].dtype[PARAM] == DType::F64
-                       ? update_f64(table, chunks[c], scalars[r].get<double>(), unit, sum_squares)
-                       : update_f32(table, chunks[c], scalars[r].get<float>(), unit, sum_squares);
+                       ? update_f64(table, chunks[c], scalars[r], unit, sum_squares)
+                       : update_f32(table, chunks[c], rounded<float>(scalars[r]), unit, sum_squares);
     }
   });
   if (sum_squares) {
     double total = 0;
     for (double part : partial) total += part;
-    *mutable_data<double>(*grad_square_sum) += total * control.unscale * control.unscale;
+    const double unscale = signals[table.row[0].group].unscale;  // one for the whole step
+    *mutable_data<double>(*grad_square_sum) += total * unscale * unscale;
   }
 }
 

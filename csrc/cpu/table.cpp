@@ -220,8 +220,9 @@ struct Lists {
   const TensorList* list[kSlots];
 };
 
-Row make_row(const Lists& lists, const TensorList& steps, const TensorList& bias_weights, int64_t i) {
+Row make_row(const Lists& lists, const TensorList& steps, const TensorList& bias_weights, int64_t group, int64_t i) {
   Row row = {};
+  row.group = group;
   Meta param = {};
   bool contiguous = true, same_order = true;
   for (int64_t s = 0; s < kSlots; ++s) {
@@ -270,7 +271,7 @@ Row make_row(const Lists& lists, const TensorList& steps, const TensorList& bias
 
 Tensor tensor_table(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
                     const TensorList& exp_avg_sqs, const TensorList& max_exp_avg_sqs, const TensorList& steps,
-                    const TensorList& bias_weights) {
+                    const TensorList& bias_weights, int64_t group) {
   const Lists lists = {{&params, &grads, &exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs}};
   const int64_t n = params.size();
   for (const auto* list : {&grads, &exp_avgs, &exp_avg_sqs, &steps}) {
@@ -283,7 +284,7 @@ Tensor tensor_table(const TensorList& params, const TensorList& grads, const Ten
   std::vector<Row> rows(n);
   std::vector<int64_t> records;
   for (int64_t i = 0; i < n; ++i) {
-    rows[i] = make_row(lists, steps, bias_weights, i);
+    rows[i] = make_row(lists, steps, bias_weights, group, i);
     if (rows[i].strided == 0) continue;
     rows[i].strided = 1 + n * kRow + static_cast<int64_t>(records.size());
     const Meta param = read_meta(params[i], "params", i);
@@ -316,11 +317,31 @@ void refuse_lazy(StableIValue* stack, uint64_t, uint64_t) {
       "tensor.resolve_neg().clone()");
 }
 
+// A row of device addresses that held one of the host's (or of another device) would be read by a kernel.
+void check_one_device(const TensorList& list, const char* name, AtenTensorHandle first) {
+  int32_t type, index, own_type, own_index;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(first, &type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(first, &index));
+  for (int64_t i = 0; i < list.size(); ++i) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(list[i], &own_type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(list[i], &own_index));
+    if (own_type != type || own_index != index) fail(name, "[", i, "] is not on the device of params[0]");
+  }
+}
+
+template <bool ON_DEVICE>
 void boxed_tensor_table(StableIValue* stack, uint64_t, uint64_t) {
   const TensorList params(stack[0]), grads(stack[1]), exp_avgs(stack[2]), exp_avg_sqs(stack[3]),
       max_exp_avg_sqs(stack[4]), steps(stack[5]), bias_weights(stack[6]);
-  stack[0] = torch::stable::detail::from(
-      tensor_table(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, bias_weights));
+  if (ON_DEVICE && !params.empty()) {
+    const TensorList* const lists[] = {&params, &grads, &exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs, &steps,
+                                       &bias_weights};
+    const char* const names[] = {"params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps",
+                                 "bias_weights"};
+    for (int64_t i = 0; i < 7; ++i) check_one_device(*lists[i], names[i], params[0]);
+  }
+  stack[0] = torch::stable::detail::from(tensor_table(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps,
+                                                      bias_weights, torch::stable::detail::to<int64_t>(stack[7])));
 }
 
 template <typename S, typename T>
@@ -424,6 +445,8 @@ template void write_slot<double>(const Table&, const Row&, Slot, bool, int64_t, 
 
 }  // namespace fca
 
-STABLE_TORCH_LIBRARY_IMPL(fused_clip_adam, CPU, m) { m.impl("tensor_table", &fca::boxed_tensor_table); }
+STABLE_TORCH_LIBRARY_IMPL(fused_clip_adam, CPU, m) { m.impl("tensor_table", &fca::boxed_tensor_table<false>); }
+// Only addresses, sizes and strides are read: no kernel of the device is needed, nor its library.
+STABLE_TORCH_LIBRARY_IMPL(fused_clip_adam, CUDA, m) { m.impl("tensor_table", &fca::boxed_tensor_table<true>); }
 STABLE_TORCH_LIBRARY_IMPL(fused_clip_adam, Negative, m) { m.impl("tensor_table", &fca::refuse_lazy); }
 STABLE_TORCH_LIBRARY_IMPL(fused_clip_adam, ZeroTensor, m) { m.impl("tensor_table", &fca::refuse_lazy); }

@@ -7,24 +7,10 @@
 #include <vector>
 
 #include "../check_args.h"
+#include "../table.h"
 #include "tile.h"
 
 namespace fca {
-
-enum Slot : int64_t { PARAM = 0, GRAD = 1, EXP_AVG = 2, EXP_AVG_SQ = 3, MAX_EXP_AVG_SQ = 4, kSlots = 5 };
-
-struct Row {
-  int64_t data[kSlots];  // addresses; 0 where absent (max_exp_avg_sq)
-  int64_t step;          // address of the 0-d float32 or float64 step
-  int64_t step_is_f64;
-  int64_t bias_weights;  // address of float64[2] = (W1, W2), or 0: bias corrections follow from step
-  int64_t numel;
-  DType dtype[3];   // of param, grad and the three states
-  int64_t flat;     // 1: all tensors share one dense memory order
-  int64_t strided;  // 0: all C-contiguous, else the offset of (ndim, sizes, strides of the 5 slots)
-};
-static_assert(sizeof(Row) % sizeof(int64_t) == 0, "rows are int64");
-constexpr int64_t kRow = sizeof(Row) / sizeof(int64_t);
 
 struct Table {
   int64_t rows;

@@ -8,66 +8,12 @@
 #include <cstdint>
 #include <limits>
 
-#include "../objective_math.h"  // bit_cast
+#include "../storage.h"
 #include "isa.h"
 
 namespace fca {
 
 constexpr int64_t kTile = 1024;
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
-// ---------------------------------------------------------------- one element: storage <-> arithmetic
-
-template <typename T, typename S>
-FCA_INLINE T load_as(S x) {
-  return static_cast<T>(x);
-}
-
-template <>
-FCA_INLINE float load_as<float, BFloat16>(BFloat16 x) {
-  return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16);
-}
-
-// Reading the half's exponent field as a float's leaves the value 2^112 too small, subnormals included.
-template <>
-FCA_INLINE float load_as<float, Float16>(Float16 x) {
-  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
-  const uint32_t finite = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
-  const uint32_t bits = magnitude >= 0x0f800000u ? (magnitude | 0x7f800000u) : finite;  // inf and NaN keep their class
-  return bit_cast<float>(bits | (static_cast<uint32_t>(x.bits & 0x8000u) << 16));
-}
-
-template <typename S, typename T>
-FCA_INLINE S store_as(T x) {
-  return static_cast<S>(x);
-}
-
-// Round to nearest even; NaN becomes the quiet NaN torch writes.
-template <>
-FCA_INLINE BFloat16 store_as<BFloat16, float>(float x) {
-  const uint32_t bits = bit_cast<uint32_t>(x);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return {static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded)};
-}
-
-template <>
-FCA_INLINE Float16 store_as<Float16, float>(float x) {
-  const uint32_t sign = (bit_cast<uint32_t>(x) >> 16) & 0x8000u;
-  const uint32_t magnitude = bit_cast<uint32_t>(x) & 0x7fffffffu;
-  const uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
-  // Adding 0.5 moves the half's subnormal grid (2^-24) onto the float's last bit: the addition does the rounding.
-  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
-  uint32_t bits = magnitude < 0x38800000u ? subnormal : normal;
-  bits = magnitude >= 0x477ff000u ? 0x7c00u : bits;  // 65520 and above round to infinity
-  bits = magnitude > 0x7f800000u ? 0x7e00u : bits;
-  return {static_cast<uint16_t>(bits | sign)};
-}
 
 // ---------------------------------------------------------------- one tile
 

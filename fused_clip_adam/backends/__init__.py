@@ -1,22 +1,41 @@
 """Which code runs a step or an objective: one table, one function that chooses.
 
-A backend is a module with the functions `tensor_table`, `grad_square_sum`, `prologue`, `update_` (the three phases of
-a step, see optimizer.py) and `policy_loss`; their arguments and buffers are described in reference_step.py and
-reference_objective.py.
+A backend of the step is a module with `tensor_table`, `place`, `grad_square_sums`, `prologue`, `update_`, the phases of
+a step, see optimizer.py; one of the objectives has `policy_loss`. Their arguments and buffers are described in
+reference_step.py and reference_objective.py.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
+import os
 import warnings
 from types import ModuleType
 
-from fused_clip_adam.backends import native, reference
-
 NAMES = ("auto", "cpu", "cuda", "triton", "reference")
 
-DEVICES = {"cpu": ("cpu",), "reference": ("cpu", "cuda", "any other torch device")}
-"""The devices each backend of this version claims; the README's support table is made from it."""
+_MODULES = {"cpu": "native", "cuda": "cuda", "triton": "triton_step", "reference": "reference"}
+
+STEP_DEVICES = {
+    "cpu": ("cpu",),
+    "cuda": ("cuda",),
+    "triton": ("cuda",),
+    "reference": ("cpu", "cuda", "any other torch device"),
+}
+"""The devices on which each backend runs the optimizer; the README's support table is tested against it."""
+
+OBJECTIVE_DEVICES = {"cpu": ("cpu",), "reference": ("cpu", "cuda", "any other torch device")}
+"""The same for `policy_loss` and its relatives, whose GPU kernels have not landed."""
+
+
+def _module(name: str) -> ModuleType:
+    """Imported when first asked for: Triton takes a second to import, and loading a library can fail."""
+    return importlib.import_module(f"fused_clip_adam.backends.{_MODULES[name]}")
+
+
+def _unavailable(name: str) -> str:
+    return _module(name).unavailable() if name != "reference" else ""
 
 
 def check_name(backend: str) -> str:
@@ -27,38 +46,72 @@ def check_name(backend: str) -> str:
     """
     if backend not in NAMES:
         raise ValueError(f"backend={backend!r} is unknown; accepted: {', '.join(NAMES)}")
-    if backend in ("cuda", "triton"):
-        raise RuntimeError(
-            f'backend="{backend}" is not part of this version: its kernels have not landed. '
-            'On a GPU use backend="reference" (plain torch operations) for now.'
-        )
-    if backend == "cpu" and native.unavailable():
-        raise RuntimeError(f'backend="cpu" cannot run: {native.unavailable()}')
+    if backend != "auto" and (reason := _unavailable(backend)):
+        raise RuntimeError(f'backend="{backend}" cannot run: {reason}')
     return backend
 
 
 @functools.cache
 def _say_once(sentence: str) -> None:
-    warnings.warn(sentence, RuntimeWarning, stacklevel=4)
+    warnings.warn(sentence, RuntimeWarning, stacklevel=5)
 
 
-def choose(backend: str, device_type: str) -> ModuleType:
-    """The backend module for tensors on a device; "auto" prefers the native kernels.
+def choose_step(backend: str, device_type: str) -> ModuleType:
+    """The module that runs the optimizer for tensors on a device.
+
+    "auto" takes the compiled kernels of the device, then Triton (on a GPU) or the reference, and says why once.
+
+    Raises:
+        RuntimeError: no backend for that device under this choice; says what to ask for.
+    """
+    if backend == "auto":
+        return _first_available({"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton")}, device_type)
+    if device_type not in _step_devices(backend):
+        raise RuntimeError(
+            f'backend="{backend}" has no kernel for {device_type} tensors; accepted there: '
+            f"{', '.join(name for name in STEP_DEVICES if device_type in _step_devices(name))}, reference"
+        )
+    return _module(backend)
+
+
+def choose_objective(backend: str, device_type: str) -> ModuleType:
+    """The module that runs `policy_loss` for tensors on a device; "auto" prefers compiled kernels.
 
     Raises:
         RuntimeError: no backend for that device under this choice; says what to ask for.
     """
     if backend == "reference":
-        return reference
-    if device_type != "cpu":
+        return _module("reference")
+    if backend in ("cuda", "triton") or device_type != "cpu":
         raise RuntimeError(
-            f'backend="{backend}" has no kernel for {device_type} tensors in this version; accepted there: '
-            'backend="reference" (plain torch operations, several passes over memory).'
+            f'backend="{backend}" has no objective kernel for {device_type} tensors in this version; accepted there: '
+            'backend="reference" (plain torch operations, several passes over memory)'
         )
-    reason = native.unavailable()
-    if not reason:
-        return native
-    if backend == "cpu":
-        raise RuntimeError(f'backend="cpu" cannot run: {reason}')
-    _say_once(f"fused_clip_adam: the native CPU kernels are missing, using the reference backend: {reason}")
-    return reference
+    return _first_available({"cpu": ("cpu", "reference")}, device_type) if backend == "auto" else _module(backend)
+
+
+def _step_devices(name: str) -> tuple[str, ...]:
+    """The device types of a backend here and now: test tools run GPU kernels on the CPU."""
+    if name == "reference":
+        return ("cpu", "cuda", "xpu", "mps", "hpu", "privateuseone")
+    if name == "cuda" and not _unavailable("cuda"):
+        return _module("cuda").devices()
+    if name == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+        return ("cpu",)
+    return STEP_DEVICES[name]
+
+
+def _first_available(order: dict[str, tuple[str, ...]], device_type: str) -> ModuleType:
+    if device_type not in order:
+        raise RuntimeError(
+            f'backend="auto" has no kernel for {device_type} tensors; accepted there: backend="reference" (plain torch '
+            "operations, several passes over memory)"
+        )
+    reasons = []
+    for name in order[device_type]:
+        if not (reason := _unavailable(name)):
+            if reasons:
+                _say_once(f"fused_clip_adam: using the {name} backend, because {'; '.join(reasons)}")
+            return _module(name)
+        reasons.append(f"the {name} kernels cannot run: {reason}")
+    raise RuntimeError(f'no kernel for {device_type} tensors: {"; ".join(reasons)}. backend="reference" needs none')

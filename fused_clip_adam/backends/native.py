@@ -6,6 +6,11 @@ import os
 import pathlib
 
 import torch
+from torch import Tensor
+
+from fused_clip_adam.backends.reference_step import Placed, place
+
+__all__ = ["Placed", "capability", "grad_square_sums", "place", "policy_loss", "prologue", "tensor_table", "update_"]
 
 _reason = ""
 
@@ -40,10 +45,25 @@ def capability() -> str:
     return torch.ops.fused_clip_adam.cpu_capability(True)
 
 
+def grad_square_sums(placed: Placed) -> Tensor:
+    """Phase 1, see reference_step.py."""
+    return torch.cat([_grad_square_sum(table) for table in placed.tables])
+
+
+def prologue(placed: Placed, *signals) -> Tensor:
+    """Phase 2, see reference_step.py."""
+    return _prologue(placed.group_scalars, *signals)
+
+
+def update_(placed: Placed, control: Tensor, batch: int, *options) -> None:
+    """Phase 3, see reference_step.py."""
+    _update_(placed.tables[batch], placed.group_scalars, control, *options)
+
+
 if not _reason:
     # Overloads, not packets: resolving an overload costs microseconds a call.
     tensor_table = torch.ops.fused_clip_adam.tensor_table.default
-    grad_square_sum = torch.ops.fused_clip_adam.grad_square_sum.default
-    prologue = torch.ops.fused_clip_adam.prologue.default
-    update_ = torch.ops.fused_clip_adam.update_.default
+    _grad_square_sum = torch.ops.fused_clip_adam.grad_square_sum.default
+    _prologue = torch.ops.fused_clip_adam.prologue.default
+    _update_ = torch.ops.fused_clip_adam.update_.default
     policy_loss = torch.ops.fused_clip_adam.policy_loss.default

@@ -1,6 +1,6 @@
 """The reference backend: the executable specification, in plain torch, on any device and in float64 if asked."""
 
 from fused_clip_adam.backends.reference_objective import policy_loss
-from fused_clip_adam.backends.reference_step import grad_square_sum, prologue, tensor_table, update_
+from fused_clip_adam.backends.reference_step import grad_square_sums, place, prologue, tensor_table, update_
 
-__all__ = ["grad_square_sum", "policy_loss", "prologue", "tensor_table", "update_"]
+__all__ = ["grad_square_sums", "place", "policy_loss", "prologue", "tensor_table", "update_"]

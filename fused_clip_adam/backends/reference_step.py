@@ -2,10 +2,11 @@
 
 The phases of a step, for one batch (tensors of one device and dtype in one parameter group):
 
-    tensor_table    -> the batch's tensors, checked
-    grad_square_sum -> sum of squares of the raw gradients, float64
-    prologue        -> `control`: the scalars of every group, float64
-    update_         -> parameters and moments, in place
+    tensor_table     -> a batch's tensors, checked
+    place            -> the tables of all batches where the kernels read them
+    grad_square_sums -> sums of squares of the raw gradients, float64
+    prologue         -> `control`: the scalars of every group, float64
+    update_          -> parameters and moments, in place, batch by batch
 
 Arithmetic is float32, float64 for float64 parameters; scalars are prepared in float64.
 """
@@ -13,6 +14,7 @@ Arithmetic is float32, float64 for float64 parameters; scalars are prepared in f
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,15 +34,16 @@ class Table:
     max_exp_avg_sqs: list[Tensor]
     steps: list[Tensor]
     bias_weights: list[Tensor]
+    group: int
 
 
-def tensor_table(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, bias_weights) -> Table:
+def tensor_table(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, bias_weights, group) -> Table:
     """Checks a batch's tensors and returns them as a `Table`.
 
     Raises:
         RuntimeError: a shape or dtype that does not fit, or an expanded (self-overlapping) tensor to be written.
     """
-    table = Table(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, bias_weights)
+    table = Table(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, bias_weights, group)
     states = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "max_exp_avg_sqs": max_exp_avg_sqs}
     for i, p in enumerate(params):
         tensors = {"params": p, "grads": grads[i], **{k: v[i] for k, v in states.items() if v}}
@@ -60,16 +63,31 @@ def tensor_table(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, b
     return table
 
 
-def grad_square_sum(table: Table) -> Tensor:
-    """sum g^2 over the batch's raw gradients: float64, 0-d."""
-    total = torch.zeros((), dtype=torch.float64, device=table.grads[0].device if table.grads else None)
-    for g in table.grads:
-        total += g.double().square().sum()
-    return total
+class Placed(NamedTuple):
+    """The tables and scalars of a step where the kernels read them; here, and for the CPU kernels, where they lie."""
+
+    tables: list
+    group_scalars: Tensor
+
+
+def place(tables: list, group_scalars: Tensor, blocks: list[int], kept: Any, device: Any, capturable: bool) -> Placed:
+    """The tables of a device's batches as they are. The GPU backends copy them, see device_table.py."""
+    return Placed(tables, group_scalars)
+
+
+def grad_square_sums(placed: Placed) -> Tensor:
+    """sum g^2 over raw gradients: float64 [batches], to be added up."""
+    sums = []
+    for table in placed.tables:
+        total = torch.zeros((), dtype=torch.float64, device=table.grads[0].device if table.grads else None)
+        for g in table.grads:
+            total += g.double().square().sum()
+        sums.append(total)
+    return torch.stack(sums)
 
 
 def prologue(
-    group_scalars: Tensor,
+    placed: Placed,
     square_sums: Tensor | None,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
@@ -81,9 +99,11 @@ def prologue(
     """All scalars of a step, on the device, without a host read.
 
     Args:
-        group_scalars: float64 [groups, 8]: beta1, beta2, max_norm (< 0: no clip), lag, sign (-1: maximize),
-            brake mode, strength, hold_v.
-        square_sums: float64 [batches] of raw gradients, or None where no rule needs the norm before the update.
+        placed: its group_scalars, float64 [groups, 14]: beta1, beta2, max_norm (< 0: no clip), lag, sign
+            (-1: maximize), brake mode, strength, hold_v, lr, eps, weight_decay, coupled; the last two belong to the
+            GPU backends.
+        square_sums: float64 [n] of raw gradients, to be added up, or None where no rule needs the norm before the
+            update.
         grad_scale, found_inf: as torch.amp.GradScaler hands them over, or None.
         observed: float32 [2], suppressed and total mass, or None.
         grad_square_sum: float64 0-d. In: the previous step's sum (for lag). Out: this step's where `square_sums` is
@@ -93,8 +113,8 @@ def prologue(
     Returns:
         control: float64 [groups, 9]: skip, grad_factor, unscale, a, b, beta2, 1 - beta2, w1_a, w1_b.
     """
-    group = group_scalars.to(grad_square_sum.device)
-    beta1, beta2, max_norm, lag, sign, brake_mode, strength, hold_v = group.unbind(1)
+    group = placed.group_scalars.to(grad_square_sum.device)
+    beta1, beta2, max_norm, lag, sign, brake_mode, strength, hold_v = group.unbind(1)[:8]
     one = torch.ones((), dtype=torch.float64, device=group.device)
 
     unscale = one / grad_scale.double().reshape(()) if grad_scale is not None else one
@@ -168,14 +188,9 @@ def adam_element(p, g, m, v, v_max, *, S, a, b, beta2, one_minus_beta2, W1, W2, 
 
 
 def update_(
-    table: Table,
+    placed: Placed,
     control: Tensor,
-    group: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
+    batch: int,
     coupled: bool,
     amsgrad: bool,
     overshoot: int,
@@ -186,9 +201,11 @@ def update_(
 
     `grad_square_sum`, where given, receives the batch's sum of squares of unscaled gradients.
     """
-    skip, S, unscale, a, b, beta2_used, one_minus_beta2, w1_a, w1_b = control[group].tolist()
+    table = placed.tables[batch]
+    skip, S, unscale, a, b, beta2_used, one_minus_beta2, w1_a, w1_b = control[table.group].tolist()
     if skip:
         return
+    beta1, beta2, _, _, _, _, _, _, lr, eps, weight_decay = placed.group_scalars[table.group].tolist()[:11]
     for i, p in enumerate(table.params):
         step = table.steps[i]
         step += 1

@@ -272,7 +272,7 @@ def _prepare(
         kl_estimator=1 + KL_ESTIMATORS.index(kl_estimator) if use_kl else 0,
     )
     backends.check_name(backend)
-    return call, backends.choose(backend, logp.device.type).policy_loss
+    return call, backends.choose_objective(backend, logp.device.type).policy_loss
 
 
 def _check_tensor(name: str, tensor: Any, logp: Tensor | None = None) -> None:

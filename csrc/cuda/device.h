@@ -1,0 +1,106 @@
+// What every CUDA source shares: launching on torch's stream, errors that name the kernel, block-wide sums.
+//
+// The same sources are compiled as plain C++ by tests/cuda_on_cpu (CUDA_ON_CPU), which supplies a cuda_runtime.h of
+// its own and runs them under the sanitizers.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <cstdlib>
+
+#include "../check_args.h"
+#include "../update_math.h"
+
+#if defined(CUDA_ON_CPU)
+#define FCA_DEVICE_KEY CPU
+#define FCA_RUN(kernel, name, grid, threads, stream, ...) \
+  cuda_on_cpu::launch(kernel, name, dim3(grid), dim3(threads), 0, stream, __VA_ARGS__)
+#else
+#define FCA_DEVICE_KEY CUDA
+#define FCA_RUN(kernel, name, grid, threads, stream, ...) kernel<<<grid, threads, 0, stream>>>(__VA_ARGS__)
+#endif
+// The key is itself a macro: one more expansion before torch's macro pastes it into a name.
+#define FCA_REGISTER_FOR(ns, key, m) STABLE_TORCH_LIBRARY_IMPL(ns, key, m)
+#define FCA_REGISTER(m) FCA_REGISTER_FOR(fused_clip_adam, FCA_DEVICE_KEY, m)
+
+namespace fca {
+
+constexpr int kThreads = 256;  // of norm and update blocks
+constexpr int kWarp = 32;
+
+// The scalars of one tensor as the prologue leaves them for the update: a row of the float64 tensor `scalars`.
+struct TensorScalars {
+  double skip;     // 1: change nothing
+  double unscale;  // for the norm that the update gathers
+  StepScalars<double> step;
+  double unused[3];
+};
+constexpr int64_t kTensorScalars = sizeof(TensorScalars) / sizeof(double);
+static_assert(kTensorScalars == 16, "SCALARS of fused_clip_adam/backends/device_table.py");
+
+struct Chunk {
+  int64_t row, begin;
+};
+
+// Makes a tensor's device and torch's current stream there the ones to launch on.
+class Launcher {
+ public:
+  explicit Launcher(const Tensor& tensor)
+#if defined(CUDA_ON_CPU)
+      {}
+#else
+      : guard_(tensor.get_device()) {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+#endif
+
+  // One launch. An error of an earlier kernel is reported as such, not as this one's.
+  template <typename Kernel, typename... Args>
+  void run(const char* name, Kernel kernel, int64_t blocks, int threads, const Args&... args) const {
+    report(cudaGetLastError(), "found before the launch of ", name);
+    check(blocks <= 0x7fffffff, "CUDA kernel ", name, ": ", blocks, " blocks; accepted: up to 2147483647");
+    FCA_RUN(kernel, name, static_cast<unsigned>(blocks), static_cast<unsigned>(threads), stream_, args...);
+    report(cudaGetLastError(), "in the launch of ", name);
+    // An error inside a kernel surfaces at the next wait, wherever that is: this finds out which kernel it was.
+    static const char* const wait = std::getenv("FUSED_CLIP_ADAM_SYNC");
+    if (wait != nullptr && *wait == '1') report(cudaStreamSynchronize(stream_), "while running ", name);
+  }
+
+ private:
+  static void report(cudaError_t error, const char* where, const char* name) {
+    check(error == cudaSuccess, "CUDA error ", where, "fused_clip_adam's kernel ", name, ": ", cudaGetErrorName(error),
+          " (", cudaGetErrorString(error), ")");
+  }
+
+#if !defined(CUDA_ON_CPU)
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+  cudaStream_t stream_ = nullptr;
+};
+
+// ---------------------------------------------------------------- reductions
+
+__device__ __forceinline__ double warp_sum(double x) {
+#pragma unroll
+  for (int width = kWarp / 2; width > 0; width /= 2) x += __shfl_xor_sync(0xffffffffu, x, width);
+  return x;
+}
+
+// The sum over the block, in the same order every time; every thread receives it. `fold`: shared, one entry a warp.
+template <int THREADS>
+__device__ __forceinline__ double block_sum(double x, double* fold) {
+  static_assert(THREADS % kWarp == 0 && THREADS <= 1024, "whole warps");
+  x = warp_sum(x);
+  __syncthreads();  // the previous sum's readers are done with `fold`
+  if (threadIdx.x % kWarp == 0) fold[threadIdx.x / kWarp] = x;
+  __syncthreads();
+  double sum = 0;
+#pragma unroll
+  for (int warp = 0; warp < THREADS / kWarp; ++warp) sum += fold[warp];
+  return sum;
+}
+
+}  // namespace fca

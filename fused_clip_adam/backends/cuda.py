@@ -1,0 +1,132 @@
+"""The compiled CUDA kernels: loads their library once and launches them over the tables of device_table.py."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+import torch
+from torch import Tensor
+
+from fused_clip_adam.backends import native
+from fused_clip_adam.backends.device_table import DeviceTables, place
+
+__all__ = ["ON_DEVICE", "devices", "grad_square_sums", "place", "prologue", "tensor_table", "unavailable", "update_"]
+
+ON_DEVICE = True
+"""Steps, norms and scalars live on the device, where the kernels advance them; the host reads nothing."""
+
+_HOW = "pip install --no-build-isolation --force-reinstall --no-deps fused_clip_adam"
+
+
+def _load() -> str:
+    """Loads the library; returns why it could not, or ""."""
+    path = pathlib.Path(__file__).parent.parent / "_C_cuda.abi3.so"
+    other = os.environ.get("FUSED_CLIP_ADAM_CUDA_LIBRARY")  # tests/cuda_on_cpu, or another build
+    if other:
+        path = pathlib.Path(other)
+    elif torch.version.cuda is None:
+        return f"torch {torch.__version__} is not a CUDA build; install one that is, then: {_HOW}"
+    if not path.exists():
+        return f"{path.name} is missing: the package was installed without nvcc. With the CUDA toolkit on PATH: {_HOW}"
+    if native.unavailable():
+        return native.unavailable()
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"the library {path.name} does not load under torch {torch.__version__}: {error}"
+    return ""
+
+
+_reason = _load()
+
+
+def unavailable() -> str:
+    """Why the CUDA kernels cannot run here, or ""."""
+    return _reason
+
+
+def devices() -> tuple[str, ...]:
+    """The device types the library was compiled for: "cuda", or "cpu" where tests/cuda_on_cpu emulates it."""
+    return () if _reason else (("cpu",) if "emulated" in torch.ops.fused_clip_adam.cuda_build(True) else ("cuda",))
+
+
+def grad_square_sums(placed: DeviceTables) -> Tensor:
+    """Phase 1: float64 [chunks], one launch a batch. See reference_step.py."""
+    for launch in placed.launches:
+        _norm(
+            placed.fixed,
+            placed.fresh,
+            placed.chunks_at,
+            launch.first_chunk,
+            launch.chunks,
+            launch.chunk_size,
+            launch.dtypes[1],
+            placed.partials,
+        )
+    return placed.partials
+
+
+def prologue(
+    placed: DeviceTables,
+    square_sums: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    observed: Tensor | None,
+    grad_square_sum: Tensor,
+    steps_skipped: Tensor,
+    skip_nonfinite: bool,
+) -> None:
+    """Phase 2: one launch, which also advances every step and writes `placed.scalars`. See reference_step.py."""
+    _prologue(
+        placed.fixed,
+        placed.fresh,
+        placed.rows,
+        square_sums,
+        grad_scale,
+        found_inf,
+        observed,
+        grad_square_sum,
+        steps_skipped,
+        skip_nonfinite,
+        placed.scalars,
+    )
+
+
+def update_(
+    placed: DeviceTables,
+    control: None,
+    batch: int,
+    coupled: bool,
+    amsgrad: bool,
+    overshoot: int,
+    block: int,
+    grad_square_sum: Tensor | None,
+) -> None:
+    """Phase 3: one launch. See reference_step.py."""
+    for launch in placed.launches:
+        if launch.batch == batch:
+            _update(
+                placed.fixed,
+                placed.fresh,
+                placed.chunks_at,
+                launch.first_chunk,
+                launch.chunks,
+                launch.chunk_size,
+                *launch.dtypes,
+                placed.scalars,
+                coupled,
+                amsgrad,
+                overshoot,
+                block,
+                grad_square_sum,
+                placed.partials,
+                placed.finished,
+            )
+
+
+if not _reason:
+    tensor_table = native.tensor_table
+    _norm = torch.ops.fused_clip_adam.cuda_norm.default
+    _prologue = torch.ops.fused_clip_adam.cuda_prologue.default
+    _update = torch.ops.fused_clip_adam.cuda_update_.default
