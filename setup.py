@@ -1,4 +1,7 @@
-"""What to compile (FUSED_CLIP_ADAM_BUILD=auto|none|cpu) and from which sources; pyproject.toml holds the rest."""
+"""What to compile (FUSED_CLIP_ADAM_BUILD=auto|none|cpu|cuda) and from which sources; pyproject.toml holds the rest.
+
+TORCH_CUDA_ARCH_LIST (as for any torch extension) names the GPUs to compile for; by default sm_80, sm_90 and sm_100.
+"""
 
 import os
 import shutil
@@ -6,7 +9,8 @@ import shutil
 from setuptools import setup
 
 try:
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 except ImportError as error:
     raise SystemExit(
         "fused_clip_adam builds against the torch you already have, and none is importable here. Install torch >= 2.10 "
@@ -14,8 +18,13 @@ except ImportError as error:
     ) from error
 
 CPU_SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("library", "table", "norm", "prologue", "step", "objective")]
-HEADERS = [f"csrc/{name}.h" for name in ("update_math", "objective_math", "check_args")]
-HEADERS += [f"csrc/cpu/{name}.h" for name in ("isa", "table", "tile")]
+CUDA_SOURCES = [f"csrc/cuda/{name}.cu" for name in ("library", "norm", "prologue", "step")]
+SHARED_HEADERS = [f"csrc/{name}.h" for name in ("update_math", "objective_math", "storage", "table", "check_args")]
+CPU_HEADERS = SHARED_HEADERS + [f"csrc/cpu/{name}.h" for name in ("isa", "table", "tile")]
+CUDA_HEADERS = SHARED_HEADERS + [f"csrc/cuda/{name}.h" for name in ("device", "slots")]
+
+# The stable ABI of torch 2.10: one library for every later torch and every Python.
+STABLE_ABI = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
 
 # No contraction to fused multiply-add: every instruction set gives the bits of the written equations. Without
 # -fno-math-errno g++ does not vectorise the square root, without -fno-trapping-math not the selects; neither changes a
@@ -38,28 +47,54 @@ def compiler() -> str | None:
     return None
 
 
+# As on the CPU no multiply-add is contracted, so that both give the same bits; the passes wait for memory, not for it.
+NVCC_ARGS = ["-O3", "-std=c++17", "-fmad=false", "-DUSE_CUDA"]
+
+
 def build_choice() -> str:
     choice = os.environ.get("FUSED_CLIP_ADAM_BUILD", "auto")
-    if choice not in ("auto", "none", "cpu"):
-        raise SystemExit(f"FUSED_CLIP_ADAM_BUILD={choice!r} is unknown; accepted: auto, none, cpu")
+    if choice not in ("auto", "none", "cpu", "cuda"):
+        raise SystemExit(f"FUSED_CLIP_ADAM_BUILD={choice!r} is unknown; accepted: auto, none, cpu, cuda")
+    why_no_cuda = ""
+    if torch.version.cuda is None:
+        why_no_cuda = f"torch {torch.__version__} is not a CUDA build"
+    elif CUDA_HOME is None:
+        why_no_cuda = "no CUDA toolkit (nvcc) found on PATH or in CUDA_HOME"
+    if choice == "cuda" and why_no_cuda:
+        raise SystemExit(f"FUSED_CLIP_ADAM_BUILD=cuda: {why_no_cuda}")
     if choice == "auto":
-        choice = "cpu" if compiler() else "none"
+        choice = ("cpu" if why_no_cuda else "cuda") if compiler() else "none"
         if choice == "none":
-            print("fused_clip_adam: no C++ compiler found; installing without the native CPU kernels.")
+            print("fused_clip_adam: no C++ compiler found; installing without the native kernels.")
+        elif torch.version.cuda is not None and choice == "cpu":
+            print(f"fused_clip_adam: building without the CUDA kernels: {why_no_cuda}.")
     return choice
 
 
+choice = build_choice()
 extensions = []
-if build_choice() == "cpu":
+if choice in ("cpu", "cuda"):
     extensions.append(
         CppExtension(
             "fused_clip_adam._C",
             CPU_SOURCES,
             include_dirs=[os.path.abspath("csrc")],
-            # The stable ABI of torch 2.10: one library for every later torch and every Python.
-            define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
+            define_macros=STABLE_ABI,
             extra_compile_args=COMPILE_ARGS,
-            depends=HEADERS,
+            depends=CPU_HEADERS,
+            py_limited_api=True,
+        )
+    )
+if choice == "cuda":
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")
+    extensions.append(
+        CUDAExtension(
+            "fused_clip_adam._C_cuda",
+            CUDA_SOURCES,
+            include_dirs=[os.path.abspath("csrc")],
+            define_macros=STABLE_ABI,
+            extra_compile_args={"cxx": COMPILE_ARGS, "nvcc": NVCC_ARGS},
+            depends=CUDA_HEADERS,
             py_limited_api=True,
         )
     )

@@ -119,6 +119,7 @@ class _FusedClip:
 
     # ------------------------------------------------------------ the step
 
+    @torch.compiler.disable  # the kernels read addresses, which a traced tensor has none of: one graph break
     def step(self, closure: Callable[[], Any] | None = None):
         """One optimization step: clip, moments, correction and write-back.
 

@@ -61,32 +61,32 @@ def make_grads(params: list[torch.Tensor], steps: int, seed: int = 1) -> list[li
     return grads
 
 
-def make_stats(step: int) -> fca.ClipStats:
+def make_stats(step: int, device="cpu") -> fca.ClipStats:
     """Statistics with a suppressed fraction that differs from step to step."""
-    buffer = torch.zeros(14)
+    buffer = torch.zeros(14, device=device)
     buffer[4], buffer[5] = (step * 0.37) % 1.0, 1.0
     return fca.ClipStats(buffer)
 
 
-def run(cls, params, grads, *, observe: bool = True, **options):
+def run(cls, params, grads, *, observe: bool = True, device="cpu", **options):
     """Trains copies of `params`; returns the optimizer and its parameters."""
-    own = [p.clone().requires_grad_() for p in params]
+    own = [p.to(device, copy=True).requires_grad_() for p in params]
     opt = cls(own, lr=0.01, weight_decay=0.1, **options)
     for step, now in enumerate(grads):
         for p, g in zip(own, now):
-            p.grad = g.to(p.dtype).clone()
+            p.grad = g.to(device, p.dtype, copy=True)
         if observe:
-            opt.observe(make_stats(step))
+            opt.observe(make_stats(step, device))
         opt.step()
     return opt, own
 
 
 def results(opt, params) -> list[torch.Tensor]:
-    """Everything a step writes, in a fixed order."""
+    """Everything a step writes, in a fixed order, on the CPU."""
     out = []
     for p in params:
-        out.append(p.detach())
-        out += [value for _, value in sorted(opt.state[p].items())]
+        out.append(p.detach().cpu())
+        out += [value.cpu() for _, value in sorted(opt.state[p].items())]
     return out
 
 

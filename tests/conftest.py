@@ -1,14 +1,29 @@
-"""Shared settings of the suite: one seed a test, two threads, hypothesis without a deadline."""
+"""Shared settings of the suite: one seed a test, hypothesis without a deadline, and GPU kernels without a GPU.
+
+Where there is no GPU, backend="cuda" is the library that tests/cuda_on_cpu compiles from the same sources, and Triton
+interprets its kernels: both then take CPU tensors, so that every test of a backend runs everywhere.
+"""
 
 import os
+import sys
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent / "cuda_on_cpu"))
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, max_examples=60, database=None)
 hypothesis.settings.load_profile("suite")
+
+if not torch.cuda.is_available():
+    import build as cuda_on_cpu
+
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    if "FUSED_CLIP_ADAM_CUDA_LIBRARY" not in os.environ and cuda_on_cpu.compiler():
+        os.environ["FUSED_CLIP_ADAM_CUDA_LIBRARY"] = str(cuda_on_cpu.build())
 
 
 @pytest.fixture(autouse=True)

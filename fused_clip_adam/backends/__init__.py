@@ -69,7 +69,7 @@ def choose_step(backend: str, device_type: str) -> ModuleType:
     if device_type not in _step_devices(backend):
         raise RuntimeError(
             f'backend="{backend}" has no kernel for {device_type} tensors; accepted there: '
-            f"{', '.join(name for name in STEP_DEVICES if device_type in _step_devices(name))}, reference"
+            f"{', '.join(name for name in STEP_DEVICES if device_type in _step_devices(name))}"
         )
     return _module(backend)
 
