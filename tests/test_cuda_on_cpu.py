@@ -1,0 +1,173 @@
+"""What only the CPU build of the CUDA sources can show: races, launches, failing launches, offsets past 2^32."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import mmap
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import RULES, bitwise_equal, make_grads, make_params, make_stats, results, run
+
+import fused_clip_adam as fca
+from fused_clip_adam.backends import cuda, device_table, native
+
+pytestmark = pytest.mark.skipif(cuda.devices() != ("cpu",), reason="backend='cuda' is not the emulated library here")
+
+
+@pytest.fixture(scope="module")
+def library() -> ctypes.CDLL:
+    out = ctypes.CDLL(os.environ["FUSED_CLIP_ADAM_CUDA_LIBRARY"])
+    out.cuda_on_cpu_launch_count.restype = ctypes.c_ulonglong
+    return out
+
+
+@pytest.mark.parametrize("rule", ("clip", "adamw", "align", "align 7", "align 4096", "align element", "brake"))
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
+def test_no_order_of_threads_and_blocks_changes_a_bit(monkeypatch, dtype, rule):
+    # Threads of a block run one at a time between barriers, in the order asked for: where a barrier is missing, or one
+    # block leans on another, the orders disagree. Shared memory starts out as NaN, or huge in "reverse".
+    monkeypatch.setattr(device_table, "_CHUNK_SMALL", 4096)
+    shapes = {"tiles": (9001,), "matrix": (33, 65), "one": (1,)}
+    params = make_params(dtype, shapes=shapes)
+    grads = make_grads(params, 3)
+
+    def go(order: str) -> list[torch.Tensor]:
+        monkeypatch.setenv("CUDA_ON_CPU_ORDER", order)
+        opt, own = run(fca.FusedClipAdamW, params, grads, backend="cuda", **RULES[rule])
+        return [*results(opt, own), opt._grad_square_sum.clone()]
+
+    forward = go("forward")
+    assert bitwise_equal(forward, go("reverse"))
+    assert bitwise_equal(forward, go("shuffle"))
+
+
+@pytest.mark.parametrize("n", (1, 500))
+@pytest.mark.parametrize("grad_clip, launches", ((None, 2), (1.0, 3)))
+def test_launches_do_not_grow_with_the_number_of_tensors(library, n, grad_clip, launches):
+    params = [torch.randn(50).requires_grad_() for _ in range(n)]
+    for p in params:
+        p.grad = torch.randn(50)
+    opt = fca.FusedClipAdamW(params, backend="cuda", grad_clip=grad_clip)
+    opt.step()
+    before = library.cuda_on_cpu_launch_count()
+    opt.step()
+    assert library.cuda_on_cpu_launch_count() - before == launches
+
+
+def test_launches_of_several_groups_and_dtypes(library):
+    # One prologue for all; norm and update once a batch (a group's tensors of one dtype): never more than three each.
+    groups = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        params = [torch.randn(50).to(dtype).requires_grad_() for _ in range(7)]
+        for p in params:
+            p.grad = torch.randn_like(p)
+        groups.append({"params": params})
+    opt = fca.FusedClipAdamW(groups, backend="cuda", grad_clip=1.0)
+    opt.step()
+    before = library.cuda_on_cpu_launch_count()
+    opt.step()
+    assert library.cuda_on_cpu_launch_count() - before == 3 + 1 + 3
+
+
+@pytest.mark.parametrize("skipped, kernel", ((0, "norm_kernel"), (1, "prologue_kernel"), (2, "update_kernel")))
+def test_a_failing_launch_names_its_kernel(library, monkeypatch, skipped, kernel):
+    p = torch.randn(50).requires_grad_()
+    p.grad = torch.randn(50)
+    opt = fca.FusedClipAdamW([p], backend="cuda", grad_clip=1.0)
+    opt.step()
+    name = ("grad_square_sums", "prologue", "update_")[skipped]
+    original = getattr(cuda, name)
+
+    def failing(*arguments):
+        library.cuda_on_cpu_fail_next_launch(9)  # cudaErrorInvalidConfiguration
+        return original(*arguments)
+
+    before = [t.clone() for t in results(opt, [p])]
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda, name, failing)
+        with pytest.raises(RuntimeError, match=rf"launch of fused_clip_adam's kernel {kernel}: cudaErrorInvalidConfig"):
+            opt.step()
+    if kernel != "update_kernel":
+        assert bitwise_equal(before, results(opt, [p]))
+    opt.step()  # the error is not sticky, and is not reported twice
+
+
+def huge(dtype: torch.dtype, numel: int) -> torch.Tensor:
+    """Address space without memory: only what is touched becomes real."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    return torch.frombuffer(mmap.mmap(-1, numel * dtype.itemsize, flags=flags), dtype=dtype)
+
+
+@pytest.mark.parametrize("overshoot", (None, "align"))
+@pytest.mark.parametrize("transposed", (False, True))
+def test_offsets_past_2_to_the_32(transposed, overshoot):
+    # The last two chunks of a tensor of 2^32 + 4,102 elements, against a small tensor of the same values. bfloat16 keeps
+    # the reserved addresses at 8 GiB a tensor.
+    n, dtype = 2**32 + 4102, torch.bfloat16
+    tensors = [huge(dtype, n) for _ in range(4)]
+    if transposed:  # all but the gradient: no memory order is common to all, so each is read by its strides
+        tensors = [x.view(n // 2, 2) if i == 1 else x.view(2, n // 2).t() for i, x in enumerate(tensors)]
+    step, small_step = torch.zeros(()), torch.zeros(())  # held: the tables keep addresses
+    table = native.tensor_table([tensors[0]], [tensors[1]], [tensors[2]], [tensors[3]], [], [step], [], 0)
+    rule = fca.AlignedMomentum() if overshoot else None
+    block = rule.block if rule else 1
+    reference = fca.FusedClipAdamW([torch.zeros(1)], overshoot=overshoot)
+    part = dataclasses.make_dataclass("Part", ["on_device", "device"])(True, torch.device("cpu"))
+    scalars = reference._group_scalars(part)
+    placed = device_table.place([table], scalars, [block], None, torch.device("cpu"), False)
+    (launch,) = placed.launches
+    assert launch.chunks * launch.chunk_size >= n > (launch.chunks - 1) * launch.chunk_size
+    placed.launches = [dataclasses.replace(launch, first_chunk=launch.chunks - 2, chunks=2)]
+    first = (launch.chunks - 2) * launch.chunk_size
+
+    values = [torch.randn(n - first).to(dtype) for _ in range(3)] + [torch.rand(n - first).to(dtype)]
+    for x, value in zip(tensors, values):
+        if transposed:  # the tail in row-major order; `x[i]` is a row of two
+            x[first // 2 :].copy_(value.view(-1, 2))
+        else:
+            x[first:] = value
+    small = [value.clone() for value in values]
+    small_table = native.tensor_table([small[0]], [small[1]], [small[2]], [small[3]], [], [small_step], [], 0)
+    small_placed = device_table.place([small_table], scalars, [block], None, torch.device("cpu"), False)
+
+    out = []
+    for work in (placed, small_placed):
+        sums = cuda.grad_square_sums(work)
+        total, skipped = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
+        cuda.prologue(work, sums, None, None, None, total, skipped, False)
+        cuda.update_(work, None, 0, False, False, rule.kernel_code if rule else 0, block, None)
+        out.append(total)
+    assert float(out[0]) == pytest.approx(float(out[1]), rel=1e-14) and float(out[0]) > 0
+    for x, value in zip(tensors, small):
+        tail = x[first // 2 :].reshape(-1) if transposed else x[first:]
+        assert torch.equal(tail.view(torch.int16), value.view(torch.int16))
+    assert not torch.equal(small[0], values[0])
+
+
+def test_waiting_for_every_kernel_is_a_debugging_aid(tmp_path):
+    program = (
+        "import torch, fused_clip_adam as fca\n"
+        "p = torch.nn.Parameter(torch.ones(3)); p.grad = torch.ones(3)\n"
+        "opt = fca.FusedClipAdamW([p], backend='cuda'); opt.step()\n"
+        "assert float(p[0]) < 1\n"
+    )
+    root = os.path.dirname(os.path.dirname(__file__))
+    environment = {**os.environ, "FUSED_CLIP_ADAM_SYNC": "1", "PYTHONPATH": root}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=300)
+
+
+def test_statistics_reach_the_brake_on_the_device():
+    p = torch.randn(100).requires_grad_()
+    p.grad = torch.randn(100)
+    opt = fca.FusedClipAdamW([p], backend="cuda", overshoot=fca.MomentumBrake(0.5))
+    opt.observe(make_stats(1))
+    opt.observe(make_stats(2))
+    opt.step()
+    own = opt.state[p]["bias_weights"]
+    c = (0.37 + 0.74) / 2
+    assert own.tolist() == pytest.approx([1 - 0.9 * (1 - 0.5 * c), 0.001], rel=1e-6)
