@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/*)
 
-.PHONY: help venv test demo bench bench-full lint format asan wheel clean
+.PHONY: help venv test demo bench bench-full gpu lint format asan wheel clean
 
 help:           ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/ :/'
@@ -43,6 +43,12 @@ bench: venv     ## CPU benchmarks against torch, ratios in alternation
 bench-full: venv  ## the same with DeepSpeedCPUAdam (builds it first)
 	$(BIN)/python -m pip install --quiet --no-build-isolation '.[bench]' deepspeed
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m benchmarks.run $(ARGS)
+
+# No .venv here: the machine's own Python has the torch that fits its GPU, and there may be no network.
+GPU_PYTHON ?= python3
+
+gpu:            ## on a GPU: build in place, tests, sanitizer, benchmarks; ten minutes   (GPU_PYTHON=...)
+	@$(GPU_PYTHON) -m benchmarks.gpu_session $(ARGS)
 
 lint: venv      ## ruff and clang-format, without changing anything
 	$(BIN)/ruff check .

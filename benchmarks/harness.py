@@ -103,6 +103,12 @@ class Alternation:
         )
 
 
+def wall_seconds(step: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
 def alternate(
     candidates: Mapping[str, Callable[[], object]],
     rounds: int,
@@ -112,6 +118,8 @@ def alternate(
     before: Callable[[], object] | None = None,
     budget_s: float | None = None,
     progress: Callable[[str], None] = lambda text: None,
+    timed: Callable[[Callable[[], object]], float] = wall_seconds,
+    watch_cores: bool = True,
 ) -> Alternation:
     """Times the candidates in turn, one call each a round: warm-up -> rounds -> quiet rounds -> paired times.
 
@@ -128,6 +136,9 @@ def alternate(
         budget_s: stop once this many seconds are spent and `MIN_ROUNDS` rounds taken; None: stop after
             `rounds` rounds, quiet or not.
         progress: receives a short text now and then.
+        timed: runs a candidate once and returns its seconds; by default on the host's clock.
+        watch_cores: set rounds aside in which other processes used the cores; False: every round counts, as on
+            a GPU, where they do not matter.
 
     Raises:
         ValueError: `baseline` is not among the candidates, or `rounds` is below 2.
@@ -141,9 +152,7 @@ def alternate(
     def call(name: str) -> float:
         if before is not None:
             before()
-        start = time.perf_counter()
-        candidates[name]()
-        return time.perf_counter() - start
+        return timed(candidates[name])
 
     for name in names:
         for _ in range(warmup):
@@ -158,12 +167,12 @@ def alternate(
             spent = _rounds_in(taken) >= rounds if budget_s is None else elapsed > budget_s
             if spent and _rounds_in(taken) >= min(MIN_ROUNDS, rounds):
                 break
-            block, cpu_before, block_start = [], _cpu_seconds(), time.perf_counter()
-            while not block or time.perf_counter() - block_start < BLOCK_S:
+            block, cpu_before, block_start = [], _cpu_seconds() if watch_cores else None, time.perf_counter()
+            while not block or (watch_cores and time.perf_counter() - block_start < BLOCK_S):
                 r = _rounds_in(taken) + len(block)
                 order = names[r % len(names) :] + names[: r % len(names)]
                 block.append({name: call(name) for name in (order if r % 2 == 0 else reversed(order))})
-            taken.append(_Block(block, _others_share(cpu_before, _cpu_seconds())))
+            taken.append(_Block(block, _others_share(cpu_before, _cpu_seconds() if watch_cores else None)))
             progress(f"{_rounds_in(taken)} rounds taken, {rounds} quiet ones wanted")
     kept = quiet if _rounds_in(quiet) >= min(MIN_ROUNDS, rounds) else taken
     shares = [block.others_share for block in kept if block.others_share is not None]
@@ -238,7 +247,7 @@ def machine_info() -> dict:
         "torch": torch.__version__,
         "deepspeed": _version("deepspeed"),
         "fused_clip_adam": _package_version(),
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
@@ -258,9 +267,13 @@ def write_result(name: str, payload: dict) -> Path:
     """
     if (reason := why_no_result(payload)) is not None:
         raise ValueError(f"{name}: {reason}")
-    path = RESULTS / device_slug() / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"name": name, "machine": machine_info(), **payload}, indent=1) + "\n")
+    return write_json(RESULTS / device_slug(), name, machine_info(), payload)
+
+
+def write_json(folder: Path, name: str, machine: dict, payload: dict) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps({"name": name, "machine": machine, **payload}, indent=1) + "\n")
     return path
 
 
@@ -296,13 +309,16 @@ class ReplayClock:
 REPLAY = ReplayClock()
 
 
-def summarize(measured: Alternation, moved_bytes: Mapping[str, int | None], stream: str | None) -> dict[str, dict]:
-    """One row a candidate for a result file: times, ratio to ours, bytes moved, fraction of the stream.
+def summarize(
+    measured: Alternation, moved_bytes: Mapping[str, int | None], stream: str | None, fraction="fraction_of_stream"
+) -> dict[str, dict]:
+    """One row a candidate for a result file: times, ratio to ours, bytes moved, fraction of the ceiling.
 
     Args:
         measured: the alternation.
         moved_bytes: candidate -> bytes that one call moves, None where no closed count is claimed.
         stream: the candidate whose bytes a second are the ceiling, None where it could not be built.
+        fraction: the key of that fraction.
     """
     rows = {}
     for name in measured.seconds:
@@ -311,13 +327,13 @@ def summarize(measured: Alternation, moved_bytes: Mapping[str, int | None], stre
             "seconds": measured.time(name)._asdict(),
             "over_ours": measured.ratio(name)._asdict(),
             "bytes": moved,
-            "fraction_of_stream": None,
+            fraction: None,
         }
         if moved is not None and stream is not None:
             # Paired as well: the ceiling of a round is what the stream reached in that round.
             size = moved / moved_bytes[stream]
             times = zip(measured.seconds[name], measured.seconds[stream], strict=True)
-            row["fraction_of_stream"] = Spread.of([size * ceiling / own for own, ceiling in times])._asdict()
+            row[fraction] = Spread.of([size * ceiling / own for own, ceiling in times])._asdict()
         rows[name] = row
     return rows
 
@@ -327,7 +343,7 @@ class Target:
     """A figure that a case should reach; `value` is the measured median."""
 
     candidate: str
-    what: str  # "over_ours": the peer's time over ours; "fraction_of_stream": ours
+    what: str  # "over_ours": the peer's time over ours; "fraction_of_stream", "fraction_of_ceiling": ours
     at_least: float
     value: float | None
 
@@ -421,15 +437,17 @@ def _package_version() -> str | None:
     return getattr(fused_clip_adam, "__version__", None) or _version("fused_clip_adam")
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The checked-out commit; where only the files were sent, what the sender says in FUSED_CLIP_ADAM_COMMIT."""
+
     def git(*args: str) -> str:
         command = ["git", "-C", str(ROOT), *args]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        commit = git("rev-parse", "--short=12", "HEAD")
+        head = git("rev-parse", "--short=12", "HEAD")
         # Result files are written by the run itself: they do not make the measured code another code.
         changed = git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
     except (OSError, subprocess.CalledProcessError):
-        return "none"
-    return f"{commit}, with uncommitted changes" if changed else commit
+        return os.environ.get("FUSED_CLIP_ADAM_COMMIT", "none")
+    return f"{head}, with uncommitted changes" if changed else head

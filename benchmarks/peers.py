@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,14 @@ Step = Callable[[], object]
 
 @dataclass(frozen=True)
 class Work:
-    """What one step does. `norm_foreach`: how torch takes norms; `faster_norm_foreach` finds the better."""
+    """What one step does, and where.
+
+    Args:
+        norm_foreach: how torch takes norms; `faster_norm_foreach` finds the better.
+        state_dtype: of the moments; None: the parameters'.
+        states: per parameter the moments that every candidate uses in turn (exp_avg, exp_avg_sq and, for amsgrad,
+            max_exp_avg_sq): a GPU does not hold a set for each. None: each has its own.
+    """
 
     max_norm: float | None = None
     lr: float = 1e-4
@@ -32,32 +39,37 @@ class Work:
     eps: float = 1e-8
     weight_decay: float = 0.1
     norm_foreach: bool = True
+    state_dtype: torch.dtype | None = None
+    states: list[tuple[torch.Tensor, ...]] | None = None
 
     @property
     def adamw(self) -> dict:
         return {"lr": self.lr, "betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay}
 
 
-def ours(params: Params, work: Work) -> Step:
+def ours(params: Params, work: Work, backend: str = "cpu") -> Step:
     """fused_clip_adam: norm and update in one call, the gradient read and never written."""
     import fused_clip_adam as fca
 
-    return fca.FusedClipAdamW(params, **work.adamw, grad_clip=work.max_norm, backend="cpu").step
+    options = {"grad_clip": work.max_norm, "state_dtype": work.state_dtype, "backend": backend}
+    return share_states(fca.FusedClipAdamW(params, **work.adamw, **options), params, work).step
 
 
 def torch_fused(params: Params, work: Work) -> Step:
     """`clip_grad_norm_`, then AdamW(fused=True)."""
-    return _clip_then(torch.optim.AdamW(params, **work.adamw, fused=True).step, params, work)
+    optimizer = share_states(torch.optim.AdamW(params, **work.adamw, fused=True), params, work)
+    return clip_then(optimizer.step, params, work)
 
 
 def torch_foreach(params: Params, work: Work) -> Step:
-    """`clip_grad_norm_`, then AdamW(foreach=True)."""
-    return _clip_then(torch.optim.AdamW(params, **work.adamw, foreach=True).step, params, work)
+    """`clip_grad_norm_`, then AdamW(foreach=True), which reads its step counts on the host."""
+    optimizer = share_states(torch.optim.AdamW(params, **work.adamw, foreach=True), params, work, "cpu")
+    return clip_then(optimizer.step, params, work)
 
 
 def torch_for_loop(params: Params, work: Work) -> Step:
     """`clip_grad_norm_`, then AdamW with a Python loop over tensors."""
-    return _clip_then(torch.optim.AdamW(params, **work.adamw, foreach=False, fused=False).step, params, work)
+    return clip_then(torch.optim.AdamW(params, **work.adamw, foreach=False, fused=False).step, params, work)
 
 
 def torch_grad_scale(params: Params, work: Work) -> Step:
@@ -67,11 +79,10 @@ def torch_grad_scale(params: Params, work: Work) -> Step:
     """
     if work.max_norm is None:
         raise ValueError("the grad_scale peer clips: it needs work.max_norm")
-    optimizer = torch.optim.AdamW(params, **work.adamw, fused=True)
-    grads = [p.grad for p in params]
+    optimizer = share_states(torch.optim.AdamW(params, **work.adamw, fused=True), params, work)
 
     def step() -> None:
-        norm = get_total_norm(grads, foreach=work.norm_foreach)
+        norm = get_total_norm([p.grad for p in params], foreach=work.norm_foreach)
         optimizer.grad_scale = torch.clamp((norm + 1e-6) / work.max_norm, min=1.0).float()
         optimizer.step()
 
@@ -83,7 +94,18 @@ def deepspeed_cpu_adam(params: Params, work: Work) -> Step:
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     optimizer = DeepSpeedCPUAdam(params, **work.adamw, adamw_mode=True, fp32_optimizer_states=False)
-    return _clip_then(optimizer.step, params, work)
+    return clip_then(optimizer.step, params, work)
+
+
+def share_states(
+    optimizer: torch.optim.Optimizer, params: Params, work: Work, steps_on: str | None = None
+) -> torch.optim.Optimizer:
+    """`optimizer` with the moments of `work.states` and step counts of its own, on the parameters' device."""
+    if work.states is not None:
+        for p, moments in zip(params, work.states, strict=True):
+            named = zip(("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), moments, strict=False)
+            optimizer.state[p] = {"step": torch.zeros((), device=steps_on or p.device), **dict(named)}
+    return optimizer
 
 
 @dataclass(frozen=True)
@@ -126,12 +148,15 @@ def unavailable_reason(name: str) -> str | None:
     return None
 
 
-def faster_norm_foreach(params: Params, rounds: int = 5) -> bool:
-    """Whether `clip_grad_norm_` is faster with foreach=True on these gradients; all peers get the faster."""
+def faster_norm_foreach(params: Params, rounds: int = 5, **how) -> bool:
+    """Whether `clip_grad_norm_` is faster with foreach=True on these gradients; all peers get the faster.
+
+    `how`: as `alternate`'s, where the clock or the judge of a round is another.
+    """
     settings = {
         str(foreach): functools.partial(clip_grad_norm_, params, 1.0, foreach=foreach) for foreach in (True, False)
     }
-    measured = alternate(settings, rounds, baseline="True")
+    measured = alternate(settings, rounds, baseline="True", **how)
     return measured.time("True").p50 <= measured.time("False").p50
 
 
@@ -142,8 +167,16 @@ def faster_norm_foreach(params: Params, rounds: int = 5) -> bool:
 SAME_WORK_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.15}
 
 
-def check_same_work(names: list[str], dtype: torch.dtype, max_norm: float | None) -> dict[str, float]:
-    """Runs five steps of every peer on a small case and compares with torch's loop in float64.
+def check_same_work(
+    names: list[str],
+    dtype: torch.dtype,
+    max_norm: float | None,
+    *,
+    peers: Mapping[str, Peer] = PEERS,
+    device: str = "cpu",
+    state_dtype: torch.dtype | None = None,
+) -> dict[str, float]:
+    """Runs five steps of every peer on a small case and compares with torch's loop in float64 on the CPU.
 
     Every other gradient is longer than `max_norm`, so clipping acts and does not act.
 
@@ -154,15 +187,15 @@ def check_same_work(names: list[str], dtype: torch.dtype, max_norm: float | None
         AssertionError: a peer deviates by more than `SAME_WORK_TOLERANCE`: it does other work, and no time
             of it counts.
     """
-    work = Work(max_norm=max_norm, lr=1e-2, weight_decay=1.0)
+    work = Work(max_norm=max_norm, lr=1e-2, weight_decay=1.0, state_dtype=state_dtype)
     shapes = [(1000,), (37, 5), (1,), (64, 33)]
     generator = torch.Generator().manual_seed(0)
     start = [(0.2 * torch.randn(s, generator=generator)).to(dtype) for s in shapes]
     scales = [0.01, 1.0, 0.02, 3.0, 0.005]
     grads = [[(scale * torch.randn(s, generator=generator)).to(dtype) for s in shapes] for scale in scales]
 
-    def run(build: Callable[[Params, Work], Step], as_dtype: torch.dtype) -> torch.Tensor:
-        params = [torch.nn.Parameter(p.to(as_dtype, copy=True)) for p in start]
+    def run(build: Callable[[Params, Work], Step], as_dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
+        params = [torch.nn.Parameter(p.to(device, as_dtype, copy=True)) for p in start]
         for p in params:
             p.grad = torch.zeros_like(p)
         step = build(params, work)
@@ -170,20 +203,20 @@ def check_same_work(names: list[str], dtype: torch.dtype, max_norm: float | None
             for p, g in zip(params, now, strict=True):
                 p.grad.copy_(g)
             step()
-        return torch.cat([p.detach().double().flatten() for p in params])
+        return torch.cat([p.detach().cpu().double().flatten() for p in params])
 
     expected = run(torch_for_loop, torch.float64)
     update = expected - torch.cat([p.double().flatten() for p in start])
     deviations = {}
     for name in names:
-        error = run(PEERS[name].build, dtype) - expected
+        error = run(peers[name].build, dtype, device) - expected
         deviations[name] = float(error.norm() / update.norm())
         allowed = SAME_WORK_TOLERANCE[dtype]
         assert deviations[name] <= allowed, f"{name} does other work: off by {deviations[name]:.1e} > {allowed:.0e}"
     return deviations
 
 
-def _clip_then(step: Step, params: Params, work: Work) -> Step:
+def clip_then(step: Step, params: Params, work: Work) -> Step:
     if work.max_norm is None:
         return step
 

@@ -1,6 +1,7 @@
 """Draws the newest results and puts them into the README.
 
-`python -m benchmarks.plot [--png]` -> `results/<device>/overview.svg` and the table between the README's markers.
+`python -m benchmarks.plot [--png]` -> `results/<device>/overview.svg` and the tables between the README's markers: one
+for the CPU measured last, one for every GPU there are results of.
 """
 
 from __future__ import annotations
@@ -10,22 +11,36 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks.harness import BASELINE, RESULTS, ROOT
+from benchmarks.harness import RESULTS, ROOT
 
 # Ceilings are not competitors; the second panel shows how near ours comes to them.
-CEILINGS = ("stream (ceiling)", "torch copy_")
+CEILINGS = ("stream (ceiling)", "torch copy_", "copy (ceiling)")
+STREAM_FRACTION, COPY_FRACTION = "fraction_of_stream", "fraction_of_ceiling"  # of a result on a CPU, on a GPU
 FASTER, SLOWER, FRACTION = "#2a6f97", "#c8553d", "#5b8c5a"
 LONGEST_BAR = 8.0  # unfused peers run off the scale: their bar is cut and the number tells
 
 
-def newest_results() -> tuple[Path, list[dict]]:
-    """The folder of the device that was measured last, and its results."""
-    files = sorted(RESULTS.glob("*/*.json"))
-    if not files:
+def newest_results(root: Path | None = None) -> tuple[Path, list[dict]]:
+    """The folder of the CPU that was measured last, and its results."""
+    results = [(path.parent, json.loads(path.read_text())) for path in sorted((root or RESULTS).glob("cpu-*/*.json"))]
+    if not results:
         raise SystemExit("no results to draw: run `python -m benchmarks.run` first")
-    results = [(path.parent, json.loads(path.read_text())) for path in files]
     folder = max(results, key=lambda item: item[1]["machine"]["date"])[0]
     return folder, [result for parent, result in results if parent == folder]
+
+
+def gpu_results(root: Path | None = None) -> dict[Path, list[dict]]:
+    """Every GPU's folder and results, in the order of the cases."""
+    from benchmarks.gpu import CASES
+
+    found: dict[Path, list[dict]] = {}
+    for path in (root or RESULTS).glob("gpu-*/*.json"):
+        found.setdefault(path.parent, []).append(json.loads(path.read_text()))
+    order = {name: i for i, name in enumerate(CASES)}
+    return {
+        folder: sorted(found[folder], key=lambda result: (order.get(result["name"], len(order)), result["name"]))
+        for folder in sorted(found)
+    }
 
 
 def draw(results: list[dict], path: Path) -> Path:
@@ -39,7 +54,7 @@ def draw(results: list[dict], path: Path) -> Path:
     rows: list[tuple[str, dict | None]] = []  # a heading has no data
     for result in results:
         rows.append((result["title"], None))
-        peers = [(k, v) for k, v in result["candidates"].items() if k not in (BASELINE, *CEILINGS)]
+        peers = [(k, v) for k, v in result["candidates"].items() if k not in (result["baseline"], *CEILINGS)]
         rows += sorted(peers, key=lambda item: item[1]["over_ours"]["p50"])
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(12, 0.5 + 0.22 * len(rows)), width_ratios=(2.2, 1), layout="constrained"
@@ -60,7 +75,9 @@ def draw(results: list[dict], path: Path) -> Path:
     left.set(xlim=(0, LONGEST_BAR + 0.9), ylim=(len(rows) - 0.4, -0.8))
     left.set_xlabel("time over ours, median of paired rounds, p20 to p80 (right of 1: ours is faster)")
 
-    fractions = [(r["title"], r["candidates"][BASELINE]["fraction_of_stream"]) for r in results]
+    on_gpu = "gpu" in results[0]["machine"]
+    fraction = COPY_FRACTION if on_gpu else STREAM_FRACTION
+    fractions = [(r["title"], r["candidates"][r["baseline"]][fraction]) for r in results]
     fractions = [(title, spread) for title, spread in fractions if spread is not None]
     for y, (_, spread) in enumerate(fractions):
         right.barh(y, spread["p50"], color=FRACTION, height=0.6)
@@ -71,7 +88,7 @@ def draw(results: list[dict], path: Path) -> Path:
     )
     right.axvline(1, color="black", linewidth=0.8, linestyle=":")
     right.set(xlim=(0, 1.25), ylim=(len(fractions) - 0.4, -0.6))
-    right.set_xlabel("bytes/s of ours over the stream's")
+    right.set_xlabel(f"bytes/s of ours over the {'copy' if on_gpu else 'stream'}'s")
 
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
@@ -107,26 +124,142 @@ def readme_table(results: list[dict]) -> str:
         for names in README_PEERS.values():
             found = [result["candidates"][name]["over_ours"] for name in names if name in result["candidates"]]
             cells.append(f"{found[0]['p50']:.2f} ({found[0]['p20']:.2f} to {found[0]['p80']:.2f})" if found else "")
-        fraction = result["candidates"][BASELINE]["fraction_of_stream"]
+        fraction = result["candidates"][result["baseline"]][STREAM_FRACTION]
         cells.append("" if fraction is None else f"{fraction['p50']:.0%}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def readme_with(text: str, results: list[dict], figure: str) -> str:
-    """The README's text with the results between its markers."""
+README_GPU_PEERS = {  # column -> candidate of benchmarks/gpu_peers.py
+    "clip_grad_norm_ + AdamW(fused), or AdamW(fused) without clip": "torch fused",
+    "AdamW(fused), clip by grad_scale": "torch fused, grad_scale",
+    "clip_grad_norm_ + AdamW(foreach), or without clip": "torch foreach",
+    "AdamW(fused) on float32 copies": "torch fused, float32 copies",
+    "ours, Triton": "ours, triton",
+}
+NO_GPU = "Not yet measured on a GPU."
+
+
+def readme_gpu_section(results: list[dict], figure: str | None) -> str:
+    """Markdown: a heading, a table of cases, a table of rules, and the targets that were missed."""
+    machine = max((result["machine"] for result in results), key=lambda m: m["date"])
+    copies = sorted(result["ceiling"]["gigabytes_per_second"] for result in results)
+    others = sorted(
+        {name for r in results if not r["rules_of"] for name in r["candidates"]}
+        - {*README_GPU_PEERS.values(), *CEILINGS, *(r["baseline"] for r in results)}
+    )
+    # A column for whoever took part anywhere; ours by Triton is one of them unless it is the baseline.
+    columns = {**README_GPU_PEERS, **{name: name for name in others}}
+    compared = [result for result in results if not result["rules_of"]]
+    columns = {
+        column: name
+        for column, name in columns.items()
+        if any(name in r["candidates"] and name != r["baseline"] for r in compared)
+    }
+    lines = [
+        f"### {machine['gpu']}",
+        "",
+        f"Driver {machine['driver']}, CUDA {machine['cuda']}, torch {machine['torch']}, Triton {machine['triton']}, "
+        f"{machine['date']}; commit {', '.join(sorted({r['machine']['commit'] for r in results}))}. "
+        f"`{compared[0]['baseline'] if compared else results[0]['baseline']}` in milliseconds on the device, its "
+        "bytes/s of a copy's in the same run, and a peer's time over it, median of paired rounds (p20 to p80): above "
+        f"1 ours is faster. The copy moved {copies[len(copies) // 2]:,.0f} GB/s, reads plus writes (median of cases).",
+    ]
+    if compared:
+        header = ["case", "ms", "bytes/s of the copy's", *columns, "host us, ours", "host us, AdamW(fused)"]
+        lines += [
+            "",
+            f"| {' | '.join(header)} |",
+            "|---|" + "---|" * (len(columns) + 4),
+            *[f"| {' | '.join(_gpu_cells(result, columns))} |" for result in compared],
+        ]
+    by_rule = [result for result in results if result["rules_of"]]
+    if by_rule:
+        rules = [name for name in by_rule[0]["candidates"] if name not in (by_rule[0]["baseline"], *CEILINGS)]
+        lines += [
+            "",
+            "A rule's time over that of the same step without it, one tensor:",
+            "",
+            f"| rules | {' | '.join(rules)} |",
+            "|---|" + "---|" * len(rules),
+        ]
+        for result in by_rule:
+            cells = [_ratio(result["candidates"].get(rule)) for rule in rules]
+            lines.append(f"| {result['rules_of']}, {result['elements']:,} elements | {' | '.join(cells)} |")
+    lines += ["", _targets_sentence(results)]
+    if figure is not None:
+        lines += ["", f"![ratios to peers and share of the copy bandwidth, {machine['gpu']}]({figure})"]
+    return "\n".join(lines)
+
+
+def _gpu_cells(result: dict, columns: dict[str, str]) -> list[str]:
+    rows, baseline = result["candidates"], result["baseline"]
+    own = rows[baseline]
+    cells = [result["title"], f"{own['seconds']['p50'] * 1e3:.3f}", f"{own[COPY_FRACTION]['p50']:.0%}"]
+    cells += ["" if name == baseline else _ratio(rows.get(name)) for name in columns.values()]
+    for name in (baseline, "torch fused"):
+        cells.append(f"{rows[name]['host_seconds']['p50'] * 1e6:.0f}" if name in rows else "")
+    return cells
+
+
+def _ratio(row: dict | None) -> str:
+    if row is None:
+        return ""
+    spread = row["over_ours"]
+    return f"{spread['p50']:.2f} ({spread['p20']:.2f} to {spread['p80']:.2f})"
+
+
+def _targets_sentence(results: list[dict]) -> str:
+    """How many targets were met; each that was missed, by name."""
+    missed, unknown, count = [], [], 0
+    for result in results:
+        for target in result["targets"]:
+            count += 1
+            of_copy = target["what"] == COPY_FRACTION
+            show = (lambda x: f"{x:.1%} of the copy") if of_copy else (lambda x: f"{x:.2f}x")
+            what = f"{target['candidate']}, {result['title']}"
+            if target["met"] is False:
+                missed.append(f"MISSED: {what}: {show(target['value'])}, wanted {show(target['at_least'])}.")
+            elif target["met"] is None:
+                unknown.append(f"Not measured: {what}, wanted {show(target['at_least'])}.")
+    met = count - len(missed) - len(unknown)
+    return " ".join([f"Targets: {met} of {count} met.", *missed, *unknown])
+
+
+def readme_with(text: str, results: list[dict], figure: str, gpus: dict[Path, list[dict]] | None = None) -> str:
+    """The README's text with the results between its markers.
+
+    Args:
+        text: the README.
+        results: of the CPU.
+        figure: the CPU's, relative to the README.
+        gpus: as `gpu_results` gives, and gives here where left out.
+    """
     head, rest = text.split(README_START)
     marker, rest = rest.split("\n", 1)
     tail = rest.split(README_END)[1]
+    sections = [
+        readme_gpu_section(own, _drawn(folder)) for folder, own in (gpu_results() if gpus is None else gpus).items()
+    ]
     block = f"{readme_table(results)}\n\n![ratios to peers and share of the ceiling]({figure})"
+    block = "\n\n".join([block, *(sections or [NO_GPU])])
     return f"{head}{README_START}{marker}\n{block}\n{README_END}{tail}"
+
+
+def _drawn(folder: Path) -> str | None:
+    """A folder's figure, as the README names it; None where it has not been drawn."""
+    for suffix in (".svg", ".png"):
+        if (path := folder / f"overview{suffix}").exists():
+            return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
+    return None
 
 
 def _caption(results: list[dict]) -> str:
     machine = max((result["machine"] for result in results), key=lambda m: m["date"])
     commits = ", ".join(sorted({result["machine"]["commit"] for result in results}))
+    device = machine["gpu"] if "gpu" in machine else f"{machine['cpu']}, {machine['threads']} threads"
     return (
-        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, "
+        f"{device}, torch {machine['torch']}, "
         f"fused_clip_adam {machine['fused_clip_adam']} (commit {commits}), {machine['date']}"
     )
 
@@ -137,8 +270,12 @@ def main(arguments: list[str]) -> None:
     suffix = ".png" if parser.parse_args(arguments).png else ".svg"
     folder, results = newest_results()
     figure = draw(results, folder / f"overview{suffix}").relative_to(ROOT).as_posix()
-    (ROOT / "README.md").write_text(readme_with((ROOT / "README.md").read_text(), results, figure))
-    print(f"drew {figure} and wrote the README's results")
+    gpus = gpu_results()
+    for gpu_folder, own in gpus.items():
+        if compared := [result for result in own if not result["rules_of"]]:
+            draw(compared, gpu_folder / f"overview{suffix}")
+    (ROOT / "README.md").write_text(readme_with((ROOT / "README.md").read_text(), results, figure, gpus))
+    print(f"drew {figure}, {len(gpus)} GPU folders, and wrote the README's results")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,266 @@
+"""`make gpu`: build in place -> tests -> compute-sanitizer -> benchmarks -> closing table, in ten minutes.
+
+Every step has a limit that leaves the later ones their time; a step that runs into it is ended and counts as failed.
+Needs the working tree, a Python with CUDA torch, Triton and pytest, and nvcc; nothing is installed or downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TOTAL_S = 580.0
+GPU_TESTS = ("tests/test_gpu_backends.py", "tests/test_on_gpu.py")
+OK, FAILED, SKIPPED, CUT = "ok", "FAILED", "skipped", "CUT OFF"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command, the seconds it may take, and those that no earlier step may take from it.
+
+    Args:
+        skip: why it does not run, or "".
+        judge: what is wrong with the output of a command that returned 0, or "".
+        needed: without it the later steps make no sense.
+    """
+
+    name: str
+    command: Callable[[float], list[str]]  # from the seconds it has
+    limit_s: float
+    reserve_s: float = 0.0
+    env: dict[str, str] = field(default_factory=dict)
+    skip: str = ""
+    judge: Callable[[str], str] = lambda output: ""
+    needed: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    name: str
+    verdict: str
+    seconds: float
+    what: str
+
+
+def why_not() -> str:
+    """Why this machine cannot run `make gpu`, in a sentence, or ""."""
+    try:
+        import torch
+    except ImportError:
+        return f"{Path(sys.executable).name} has no torch; name a Python that has it: make gpu GPU_PYTHON=python3.12"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is not a CUDA build"
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} sees no GPU on this machine"
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if CUDA_HOME is None:
+        return "there is no CUDA toolkit (nvcc) on PATH or in CUDA_HOME to build the kernels with"
+    return ""
+
+
+def architecture() -> str:
+    """The device's own, as TORCH_CUDA_ARCH_LIST wants it: building for others would take minutes."""
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    return f"{major}.{minor}"
+
+
+def steps(
+    python: str, arch: str, sanitizer: str | None, present: Callable[[str], bool], dry: bool = False
+) -> list[Step]:
+    """The session. `dry`: no build, few tests, and the benchmarks' own dry run: every step but the device."""
+    # The project's own options name a plugin that a machine may lack.
+    pytest = [python, "-m", "pytest", "-q", "-o", "addopts=-ra -p no:cacheprovider", "--continue-on-collection-errors"]
+    gpu_tests = [path for path in GPU_TESTS if present(path)]
+    rest = ["tests/test_theory.py"] if dry else ["tests", *[f"--ignore={path}" for path in gpu_tests]]
+    bench = [python, "-m", "benchmarks.gpu", *(["--device", "cpu", "--quick", "step-one-tensor"] if dry else [])]
+    build = {"FUSED_CLIP_ADAM_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": arch}
+    quiet_setup = [python, "setup.py", "--quiet", "build_ext", "--inplace"]
+    small = ["--device", "cpu"] if dry else []
+    return [
+        Step("build", lambda s: quiet_setup, 220, env=build, skip="dry run" if dry else "", needed=True),
+        Step(
+            "tests on the GPU",
+            lambda s: [*pytest, *gpu_tests],
+            200,
+            skip="" if gpu_tests and not dry else "dry run" if dry else "the test files are not there",
+        ),
+        Step("tests", lambda s: [*pytest, *rest], 200, reserve_s=60),
+        *[
+            Step(
+                f"sanitizer, {tool}",
+                lambda s, tool=tool: [
+                    *[str(sanitizer), "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no"],
+                    *[
+                        "--launch-timeout",
+                        "120",
+                        python,
+                        "tests/sanitize_step.py",
+                        *small,
+                        "--budget-s",
+                        f"{3 if dry else max(s - 40, 8):.0f}",
+                    ],
+                ],
+                90,
+                reserve_s=45,
+                # torch's caching allocator would hide what lies between tensors.
+                env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+                skip="" if sanitizer else "compute-sanitizer is not on PATH",
+                judge=what_sanitizer_found,
+            )
+            for tool in ("memcheck", "racecheck")
+        ],
+        Step("benchmarks", lambda s: [*bench, "--budget-s", f"{max(s - 25, 20):.0f}"], 260, reserve_s=190),
+        Step(
+            "tables and figures",
+            lambda s: [python, "-m", "benchmarks.plot"],
+            30,
+            reserve_s=10,
+            skip="dry run" if dry else "",
+        ),
+    ]
+
+
+def what_sanitizer_found(output: str) -> str:
+    """What compute-sanitizer reports: it has to say that nothing was found, and the script that it ran to the end."""
+    if not re.search(r"^sanitize_step: \d+ cases", output, re.MULTILINE):
+        return "the script did not run to its end"
+    counts = re.findall(r"(?:ERROR SUMMARY: (\d+) errors?|RACECHECK SUMMARY: (\d+) hazards? displayed)", output)
+    if not counts:
+        return "compute-sanitizer printed no summary"
+    found = sum(int(errors or hazards) for errors, hazards in counts)
+    return f"{found} findings" if found else ""
+
+
+def run(todo: list[Step], total_s: float = TOTAL_S) -> list[Outcome]:
+    """Runs the steps one after another, output passed on as it comes."""
+    begin, outcomes, broken = time.monotonic(), [], ""
+    for i, step in enumerate(todo):
+        skip = step.skip or broken
+        if skip:
+            outcomes.append(Outcome(step.name, SKIPPED, 0.0, skip))
+            print(f"\n== {step.name}: skipped, {skip}", flush=True)
+            continue
+        # What later steps have reserved they keep, were it only to say that they had to be cut off.
+        later = sum(s.reserve_s for s in todo[i + 1 :] if not s.skip)
+        limit = max(min(step.limit_s, total_s - (time.monotonic() - begin) - later), 5.0)
+        print(f"\n== {step.name} ({time.monotonic() - begin:.0f} s so far, at most {limit:.0f} s)", flush=True)
+        outcomes.append(outcome := _run_step(step, limit))
+        if step.needed and outcome.verdict != OK:
+            broken = f"{step.name} failed"
+    return outcomes
+
+
+def _run_step(step: Step, limit_s: float) -> Outcome:
+    begin = time.monotonic()
+    try:
+        process = subprocess.Popen(
+            step.command(limit_s),
+            cwd=ROOT,
+            env=_environment(step.env),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that its children can be ended with it
+        )
+    except OSError as error:
+        return Outcome(step.name, FAILED, 0.0, f"{Path(step.command(limit_s)[0]).name}: {error.strerror}")
+    read = bytearray()
+    reader = threading.Thread(target=_pass_on, args=(process.stdout, read), daemon=True)
+    reader.start()
+    try:
+        status = process.wait(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        status = None
+    except BaseException:  # an interrupt: what was started ends with us
+        _end(process)
+        raise
+    if status is None:
+        _end(process)
+    reader.join(timeout=5)
+    seconds, output = time.monotonic() - begin, read.decode(errors="replace")
+    last = _last_line(output)
+    if status is None:
+        return Outcome(step.name, CUT, seconds, f"after {limit_s:.0f} s; last: {last}")
+    if status != 0:
+        return Outcome(step.name, FAILED, seconds, step.judge(output) or last or f"exit status {status}")
+    wrong = step.judge(output)
+    return Outcome(step.name, FAILED if wrong else OK, seconds, wrong or last)
+
+
+def _end(process: subprocess.Popen) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)  # the group that `start_new_session` made
+        except ProcessLookupError:
+            return
+        try:
+            process.wait(timeout=3)
+        except subprocess.TimeoutExpired:
+            continue
+        return
+
+
+def _pass_on(stream, read: bytearray) -> None:
+    while chunk := os.read(stream.fileno(), 65536):
+        read += chunk
+        sys.stdout.buffer.write(chunk)
+        sys.stdout.buffer.flush()
+
+
+def _environment(more: dict[str, str]) -> dict[str, str]:
+    env = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", **more}
+    paths = [str(ROOT), *filter(None, [env.get("PYTHONPATH")])]
+    return {**env, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def _last_line(output: str) -> str:
+    lines = [line.strip("= \r") for line in output.splitlines() if line.strip("= \r")]
+    return lines[-1] if lines else ""
+
+
+def table(outcomes: list[Outcome], seconds: float) -> str:
+    lines = [f"{'step':22}{'s':>6}  {'':9}"]
+    lines += [f"{o.name:22}{o.seconds:>6.0f}  {o.verdict:9}{o.what}".rstrip() for o in outcomes]
+    return "\n".join([*lines, f"{'total':22}{seconds:>6.0f}"])
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_session", description=__doc__.splitlines()[0])
+    parser.add_argument("--dry", action="store_true", help="every step without a GPU: no build, tiny benchmarks")
+    parser.add_argument("--total-s", type=float, default=TOTAL_S, help="seconds for everything")
+    options = parser.parse_args(arguments)
+    if not options.dry and (reason := why_not()):
+        print(f"make gpu: {reason}.", file=sys.stderr)
+        return 2
+    begin = time.monotonic()
+    # An emulated library serves machines without a GPU; here it would be measured in place of the one just built.
+    if not options.dry:
+        os.environ.pop("FUSED_CLIP_ADAM_CUDA_LIBRARY", None)
+        os.environ.pop("TRITON_INTERPRET", None)
+    todo = steps(
+        sys.executable,
+        "" if options.dry else architecture(),
+        shutil.which("compute-sanitizer"),
+        lambda path: (ROOT / path).exists(),
+        options.dry,
+    )
+    outcomes = run(todo, options.total_s)
+    print(f"\n{table(outcomes, time.monotonic() - begin)}", flush=True)
+    return int(any(outcome.verdict in (FAILED, CUT) for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
