@@ -219,8 +219,8 @@ class _FusedClip:
                 )
             part.batches.append(batch)
         first, *others = parts.values()
-        self._grad_square_sum = first.grad_square_sum = self._grad_square_sum.to(first.device)
-        self._steps_skipped = first.steps_skipped = self._steps_skipped.to(first.device)
+        self._grad_square_sum = first.grad_square_sum = _moved(self._grad_square_sum, first.device)
+        self._steps_skipped = first.steps_skipped = _moved(self._steps_skipped, first.device)
         first.gathered = first.grad_square_sum
         for part in others:  # they decide alike; the first device keeps the books
             part.grad_square_sum = self._grad_square_sum.to(part.device, copy=True)
@@ -615,5 +615,12 @@ def _everywhere(parts: list[Tensor]) -> list[Tensor]:
 
 def _as_tensor(value: Any, device: torch.device) -> Tensor | None:
     if value is None or isinstance(value, Tensor):
-        return value if value is None else value.detach().to(device)
-    return torch.tensor(float(value), dtype=torch.float64, device=device)
+        return None if value is None else _moved(value.detach(), device)
+    return torch.full((), float(value), dtype=torch.float64, device=device)
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device, without waiting for the copy."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

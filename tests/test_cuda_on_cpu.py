@@ -106,8 +106,8 @@ def huge(dtype: torch.dtype, numel: int) -> torch.Tensor:
 @pytest.mark.parametrize("overshoot", (None, "align"))
 @pytest.mark.parametrize("transposed", (False, True))
 def test_offsets_past_2_to_the_32(transposed, overshoot):
-    # The last two chunks of a tensor of 2^32 + 4,102 elements, against a small tensor of the same values. bfloat16 keeps
-    # the reserved addresses at 8 GiB a tensor.
+    # The last two chunks of a tensor of 2^32 + 4,102 elements, against a small tensor of the same values.
+    # In bfloat16, which keeps the reserved addresses at 8 GiB a tensor.
     n, dtype = 2**32 + 4102, torch.bfloat16
     tensors = [huge(dtype, n) for _ in range(4)]
     if transposed:  # all but the gradient: no memory order is common to all, so each is read by its strides

@@ -504,6 +504,47 @@ def test_capture_needs_capturable_tables_and_keeps_them(backend, device, monkeyp
     assert uploads, "after a capture the device's copy may be a graph's: it is always written again"
 
 
+@on_targets
+@pytest.mark.parametrize(
+    "options", (dict(grad_clip=0.5), dict(grad_clip=fca.GlobalNorm(0.5, lag=True)), dict(skip_nonfinite=True), {})
+)
+def test_several_devices_share_one_norm(backend, device, options, monkeypatch):
+    # Two devices played on one: every second batch is said to be on another, so that norms, signals and skips have to
+    # travel. The parameters lie where they always did.
+    from fused_clip_adam import optimizer
+
+    def train(split: bool):
+        torch.manual_seed(0)
+        params = [torch.randn(300).to(dtype).to(device).requires_grad_() for dtype in (torch.float32, torch.float64)]
+        opt = fca.FusedClipAdamW(params, lr=0.01, backend=backend, **options)
+        collect = optimizer.collect
+
+        def split_collect(groups):
+            batches = collect(groups)
+            batches[1].device = torch.device(device, 0) if device == "cpu" else torch.device("cuda")
+            assert batches[0].device != batches[1].device
+            return batches
+
+        norms = []
+        with monkeypatch.context() as patch:
+            if split:
+                patch.setattr(optimizer, "collect", split_collect)
+            for step in range(5):
+                for p in params:
+                    p.grad = torch.randn(300, dtype=torch.float64).to(p)
+                if step == 2:
+                    params[1].grad[7] = float("inf") if "skip_nonfinite" in options else 3.0
+                opt.found_inf = torch.tensor(float(step == 3), device=device)
+                opt.step()
+                norms.append(float(opt.grad_norm))
+        return results(opt, params), norms, int(opt.step_count_skipped)
+
+    one, two = train(False), train(True)
+    assert one[2] == two[2] == 1 + ("skip_nonfinite" in options)
+    assert one[1] == pytest.approx(two[1], rel=1e-12)
+    assert largest_error(two[0], one[0]) <= tolerance(torch.float64, 5) * 4
+
+
 # ---------------------------------------------------------------- refusals
 
 

@@ -10,12 +10,17 @@ namespace {
 
 template <typename S, typename T, int WIDTH>
 __device__ __forceinline__ double sum_squares_runs(int64_t address, int64_t begin, int64_t end) {
-  using Access = Runs<WIDTH>;
+  using Access = Runs<WIDTH, 16>;  // one tensor only: twice the elements a thread keep as much in flight as an update's
   const int64_t pad = (address / static_cast<int64_t>(sizeof(S)) + begin) % WIDTH;  // back to the last 16-byte boundary
   double sum = 0;
   for (int64_t base = begin - pad; base < end; base += Access::kTile) {
+    const Span span = {base, begin, end};
     T g[Access::kHeld];
-    Access::template load<S, T>(address, {base, begin, end}, g);
+    if (Access::whole(span)) {
+      Access::template load<true, S, T>(address, span, g);
+    } else {
+      Access::template load<false, S, T>(address, span, g);
+    }
 #pragma unroll
     for (int j = 0; j < Access::kHeld; ++j) sum += static_cast<double>(g[j]) * static_cast<double>(g[j]);
   }

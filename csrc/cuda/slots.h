@@ -11,41 +11,57 @@ struct Span {
   int64_t base, begin, end;
 };
 
+// Addresses come out of a table, so the compiler cannot know that they are global memory: the cache-hinted accesses say
+// so. Each byte is used once, by one thread; the L1 is left alone (.cg), while the L2 may hold what the next pass
+// reads.
 template <typename S, typename T>
 __device__ __forceinline__ T load_one(int64_t address, int64_t i) {
-  return load_as<T>(reinterpret_cast<const S*>(address)[i]);
+  if constexpr (sizeof(S) == 2) {
+    return load_as<T>(S{__ldcg(reinterpret_cast<const unsigned short*>(address) + i)});
+  } else {
+    return load_as<T>(__ldcg(reinterpret_cast<const S*>(address) + i));
+  }
 }
 
 template <typename S, typename T>
 __device__ __forceinline__ void store_one(int64_t address, int64_t i, T x) {
-  reinterpret_cast<S*>(address)[i] = store_as<S>(x);
+  if constexpr (sizeof(S) == 2) {
+    __stcg(reinterpret_cast<unsigned short*>(address) + i, store_as<S>(x).bits);
+  } else {
+    __stcg(reinterpret_cast<S*>(address) + i, store_as<S>(x));
+  }
 }
 
 // ---------------------------------------------------------------- 16 bytes at a time
 
-// A thread holds kHeld elements in runs of WIDTH; every tensor of the row starts a run on a 16-byte boundary.
-template <int WIDTH>
+// A thread holds HELD elements in runs of WIDTH; every tensor of the row starts a run on a 16-byte boundary. WHOLE: all
+// of the tile lies within the span. Then there is no branch between the loads of a tile, and the compiler issues them
+// all before it waits for the first.
+template <int WIDTH, int HELD>
 struct Runs {
-  static constexpr int kHeld = 8;
+  static constexpr int kHeld = HELD;
   static constexpr int kTile = kHeld * kThreads;
 
   // Where in the tile the element lies that a thread holds as its j-th.
   static __device__ __forceinline__ int place(int j) {
     return ((j / WIDTH) * kThreads + static_cast<int>(threadIdx.x)) * WIDTH + j % WIDTH;
   }
+  static __device__ __forceinline__ bool whole(const Span& span) {
+    return span.base >= span.begin && span.base + kTile <= span.end;
+  }
 
-  template <typename S, typename T>
+  template <bool WHOLE, typename S, typename T>
   static __device__ __forceinline__ void load(int64_t address, const Span& span, T (&held)[kHeld]) {
     static_assert(WIDTH * sizeof(S) % 16 == 0, "whole 16-byte words");
     constexpr int kWords = WIDTH * sizeof(S) / 16, kPerWord = 16 / sizeof(S);
 #pragma unroll
     for (int run = 0; run < kHeld / WIDTH; ++run) {
       const int64_t i = span.base + place(run * WIDTH);
-      if (i >= span.begin && i + WIDTH <= span.end) {
+      if (WHOLE || (i >= span.begin && i + WIDTH <= span.end)) {
         const uint4* source = reinterpret_cast<const uint4*>(reinterpret_cast<const S*>(address) + i);
         uint4 words[kWords];
 #pragma unroll
-        for (int w = 0; w < kWords; ++w) words[w] = source[w];
+        for (int w = 0; w < kWords; ++w) words[w] = __ldcg(source + w);
 #pragma unroll
         for (int j = 0; j < WIDTH; ++j) {
           S stored;
@@ -62,13 +78,13 @@ struct Runs {
     }
   }
 
-  template <typename S, typename T>
+  template <bool WHOLE, typename S, typename T>
   static __device__ __forceinline__ void store(int64_t address, const Span& span, const T (&held)[kHeld]) {
     constexpr int kWords = WIDTH * sizeof(S) / 16, kPerWord = 16 / sizeof(S);
 #pragma unroll
     for (int run = 0; run < kHeld / WIDTH; ++run) {
       const int64_t i = span.base + place(run * WIDTH);
-      if (i >= span.begin && i + WIDTH <= span.end) {
+      if (WHOLE || (i >= span.begin && i + WIDTH <= span.end)) {
         uint4 words[kWords];
 #pragma unroll
         for (int j = 0; j < WIDTH; ++j) {
@@ -77,7 +93,7 @@ struct Runs {
         }
         uint4* target = reinterpret_cast<uint4*>(reinterpret_cast<S*>(address) + i);
 #pragma unroll
-        for (int w = 0; w < kWords; ++w) target[w] = words[w];
+        for (int w = 0; w < kWords; ++w) __stcg(target + w, words[w]);
       } else {
 #pragma unroll
         for (int j = 0; j < WIDTH; ++j) {
@@ -96,6 +112,7 @@ struct Singles {
   static constexpr int kTile = kThreads;
 
   static __device__ __forceinline__ int place(int) { return static_cast<int>(threadIdx.x); }
+  static __device__ __forceinline__ bool whole(const Span&) { return false; }  // checks cost nothing beside the rest
 
   // Offset of the i-th element in row-major order. `record`: (dims, sizes, strides of each slot), null if contiguous.
   static __device__ __forceinline__ int64_t offset(const int64_t* record, int slot, int64_t i) {

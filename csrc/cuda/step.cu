@@ -15,9 +15,9 @@ namespace {
 
 // Tensors of one row whose storage types are known and whose 16-byte boundaries coincide.
 template <typename SP, typename SG, typename SS>
-struct RunsOfRow : Runs<16 / sizeof(SP)> {
+struct RunsOfRow : Runs<16 / sizeof(SP), 8> {
   using T = float;
-  using Access = Runs<16 / sizeof(SP)>;
+  using Access = Runs<16 / sizeof(SP), 8>;
   static constexpr int kWidth = 16 / sizeof(SP);
   int64_t address[4];  // of param, grad, exp_avg, exp_avg_sq: copies, which no store can be thought to change
 
@@ -36,16 +36,17 @@ struct RunsOfRow : Runs<16 / sizeof(SP)> {
     return off % 16 == 0;
   }
 
-  template <int SLOT>
+  template <int SLOT, bool WHOLE>
   __device__ __forceinline__ void read(const Span& span, T (&held)[Access::kHeld]) const {
-    if constexpr (SLOT == PARAM) Access::template load<SP, T>(address[SLOT], span, held);
-    if constexpr (SLOT == GRAD) Access::template load<SG, T>(address[SLOT], span, held);
-    if constexpr (SLOT == EXP_AVG || SLOT == EXP_AVG_SQ) Access::template load<SS, T>(address[SLOT], span, held);
+    if constexpr (SLOT == PARAM) Access::template load<WHOLE, SP, T>(address[SLOT], span, held);
+    if constexpr (SLOT == GRAD) Access::template load<WHOLE, SG, T>(address[SLOT], span, held);
+    if constexpr (SLOT == EXP_AVG || SLOT == EXP_AVG_SQ) Access::template load<WHOLE, SS, T>(address[SLOT], span, held);
   }
-  template <int SLOT>
+  template <int SLOT, bool WHOLE>
   __device__ __forceinline__ void write(const Span& span, const T (&held)[Access::kHeld]) const {
-    if constexpr (SLOT == PARAM) Access::template store<SP, T>(address[SLOT], span, held);
-    if constexpr (SLOT == EXP_AVG || SLOT == EXP_AVG_SQ) Access::template store<SS, T>(address[SLOT], span, held);
+    if constexpr (SLOT == PARAM) Access::template store<WHOLE, SP, T>(address[SLOT], span, held);
+    if constexpr (SLOT == EXP_AVG || SLOT == EXP_AVG_SQ)
+      Access::template store<WHOLE, SS, T>(address[SLOT], span, held);
   }
 };
 
@@ -61,11 +62,11 @@ struct SinglesOfRow : Singles {
 
   __device__ __forceinline__ int64_t pad(int64_t) const { return 0; }
 
-  template <int SLOT>
+  template <int SLOT, bool WHOLE>
   __device__ __forceinline__ void read(const Span& span, T (&held)[Access::kHeld]) const {
     Access::load<T>(row.dtype[SLOT < 2 ? SLOT : 2], SLOT == GRAD ? grad : row.data[SLOT], record, SLOT, span, held);
   }
-  template <int SLOT>
+  template <int SLOT, bool WHOLE>
   __device__ __forceinline__ void write(const Span& span, const T (&held)[Access::kHeld]) const {
     Access::store<T>(row.dtype[SLOT < 2 ? SLOT : 2], row.data[SLOT], record, SLOT, span, held);
   }
@@ -109,9 +110,9 @@ __device__ __forceinline__ double dot_of_thread(const RowAccess& row, const Step
   for (int64_t base = start; base < stop; base += RowAccess::kTile) {
     const Span span = {base, start, stop};
     T p[RowAccess::kHeld] = {}, g[RowAccess::kHeld], m[RowAccess::kHeld];
-    row.template read<GRAD>(span, g);
-    row.template read<EXP_AVG>(span, m);
-    if (COUPLED) row.template read<PARAM>(span, p);
+    row.template read<GRAD, false>(span, g);
+    row.template read<EXP_AVG, false>(span, m);
+    if (COUPLED) row.template read<PARAM, false>(span, p);
 #pragma unroll
     for (int j = 0; j < RowAccess::kHeld; ++j) {
       dot += static_cast<double>(m[j]) * static_cast<double>(scaled_grad<T, COUPLED>(p[j], g[j], s));
@@ -124,18 +125,18 @@ __device__ __forceinline__ double dot_of_thread(const RowAccess& row, const Step
 
 // Reads, gates, updates and writes a tile; returns the thread's sum of squared raw gradients. `block`: 0 where all of
 // the tile shares `keep`, else the length of the logical blocks that start with it.
-template <typename RowAccess, Overshoot RULE, bool AMSGRAD, bool COUPLED>
-__device__ __forceinline__ double update_tile(const RowAccess& row, const StepScalars<typename RowAccess::T>& s,
-                                              const Span& span, unsigned block, bool keep,
-                                              GateShared<RowAccess::kTile>* gate) {
+template <bool WHOLE, typename RowAccess, Overshoot RULE, bool AMSGRAD, bool COUPLED>
+__device__ __forceinline__ double update_tile_of(const RowAccess& row, const StepScalars<typename RowAccess::T>& s,
+                                                 const Span& span, unsigned block, bool keep,
+                                                 GateShared<RowAccess::kTile>* gate) {
   using T = typename RowAccess::T;
   constexpr int kHeld = RowAccess::kHeld;
   T p[kHeld], g[kHeld], m[kHeld], v[kHeld], v_max[AMSGRAD ? kHeld : 1];
-  row.template read<GRAD>(span, g);
-  row.template read<EXP_AVG>(span, m);
-  row.template read<PARAM>(span, p);
-  row.template read<EXP_AVG_SQ>(span, v);
-  if constexpr (AMSGRAD) row.template read<MAX_EXP_AVG_SQ>(span, v_max);
+  row.template read<GRAD, WHOLE>(span, g);
+  row.template read<EXP_AVG, WHOLE>(span, m);
+  row.template read<PARAM, WHOLE>(span, p);
+  row.template read<EXP_AVG_SQ, WHOLE>(span, v);
+  if constexpr (AMSGRAD) row.template read<MAX_EXP_AVG_SQ, WHOLE>(span, v_max);
 
   if (RULE == Overshoot::ALIGN_BLOCK && block != 0) {
 #pragma unroll
@@ -154,11 +155,21 @@ __device__ __forceinline__ double update_tile(const RowAccess& row, const StepSc
     }
     update_element<T, RULE, AMSGRAD, COUPLED>(p[j], g[j], m[j], v[j], v_max[AMSGRAD ? j : 0], s, keep);
   }
-  row.template write<PARAM>(span, p);
-  row.template write<EXP_AVG>(span, m);
-  row.template write<EXP_AVG_SQ>(span, v);
-  if constexpr (AMSGRAD) row.template write<MAX_EXP_AVG_SQ>(span, v_max);
+  row.template write<PARAM, WHOLE>(span, p);
+  row.template write<EXP_AVG, WHOLE>(span, m);
+  row.template write<EXP_AVG_SQ, WHOLE>(span, v);
+  if constexpr (AMSGRAD) row.template write<MAX_EXP_AVG_SQ, WHOLE>(span, v_max);
   return squares;
+}
+
+template <typename RowAccess, Overshoot RULE, bool AMSGRAD, bool COUPLED>
+__device__ __forceinline__ double update_tile(const RowAccess& row, const StepScalars<typename RowAccess::T>& s,
+                                              const Span& span, unsigned block, bool keep,
+                                              GateShared<RowAccess::kTile>* gate) {
+  if (RowAccess::whole(span)) {
+    return update_tile_of<true, RowAccess, RULE, AMSGRAD, COUPLED>(row, s, span, block, keep, gate);
+  }
+  return update_tile_of<false, RowAccess, RULE, AMSGRAD, COUPLED>(row, s, span, block, keep, gate);
 }
 
 // ---------------------------------------------------------------- one chunk
@@ -174,16 +185,18 @@ __device__ __forceinline__ double update_chunk(const RowAccess& access, const St
         const double dot = dot_of_thread<RowAccess, COUPLED>(access, s, start, stop);
         const bool keep = block_sum<kThreads>(dot, shared.fold) > 0;
         for (int64_t base = start; base < stop; base += RowAccess::kTile) {
-          squares += update_tile<RowAccess, RULE, AMSGRAD, COUPLED>(access, s, {base, start, stop}, 0, keep, nullptr);
+          squares += update_tile_of<false, RowAccess, RULE, AMSGRAD, COUPLED>(access, s, {base, start, stop}, 0, keep,
+                                                                              nullptr);
         }
       }
     } else {
       __shared__ GateShared<RowAccess::kTile> gate;
-      const int64_t whole = RowAccess::kTile / block * block;
-      for (int64_t base = begin; base < end; base += whole) {
-        const int64_t stop = base + whole < end ? base + whole : end;
-        squares += update_tile<RowAccess, RULE, AMSGRAD, COUPLED>(access, s, {base, base, stop},
-                                                                  static_cast<unsigned>(block), true, &gate);
+      const unsigned short_block = static_cast<unsigned>(block);
+      const unsigned whole_blocks = RowAccess::kTile / short_block * short_block;
+      for (int64_t base = begin; base < end; base += whole_blocks) {
+        const int64_t stop = base + whole_blocks < end ? base + whole_blocks : end;
+        squares +=
+            update_tile<RowAccess, RULE, AMSGRAD, COUPLED>(access, s, {base, base, stop}, short_block, true, &gate);
       }
     }
   } else {
@@ -196,9 +209,14 @@ __device__ __forceinline__ double update_chunk(const RowAccess& access, const St
 
 // ---------------------------------------------------------------- kernels
 
-// Blocks a multiprocessor should hold at least: it leaves ptxas 80 registers a thread, of which it spills none, and
-// keeps 768 threads with 128 B each in flight.
-constexpr int kBlocksAtOnce = 3;
+// Blocks a multiprocessor should hold at least. Three leave ptxas 80 registers a thread, of which it spills none, and
+// keep 768 threads with 128 B each in flight. Where it would spill a few bytes: two.
+constexpr int blocks_at_once(Overshoot rule, bool f64) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  if (rule == Overshoot::ALIGN_BLOCK) return 2;
+#endif
+  return f64 ? 2 : 3;
+}
 
 struct Work {
   const int64_t* fixed;
@@ -243,7 +261,7 @@ __device__ __forceinline__ double update_singles(const Work& work, const Row& ro
 
 // Tensors of any dtype and layout, and amsgrad.
 template <typename T, Overshoot RULE, bool AMSGRAD, bool COUPLED>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce) update_singles_kernel(Work work) {
+__global__ void __launch_bounds__(kThreads, blocks_at_once(RULE, sizeof(T) == 8)) update_singles_kernel(Work work) {
   __shared__ Shared shared;
   const Chunk chunk = work.chunks[blockIdx.x];
   const TensorScalars& scalars = work.scalars[chunk.row];
@@ -258,7 +276,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce) update_singles_kernel
 // Storage types known: 16 bytes a thread, except for rows whose tensors are strided or start at different distances
 // from a 16-byte boundary.
 template <typename SP, typename SG, typename SS, Overshoot RULE, bool COUPLED>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce) update_runs_kernel(Work work) {
+__global__ void __launch_bounds__(kThreads, blocks_at_once(RULE, false)) update_runs_kernel(Work work) {
   using RowAccess = RunsOfRow<SP, SG, SS>;
   __shared__ Shared shared;
   const Chunk chunk = work.chunks[blockIdx.x];
