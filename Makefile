@@ -3,9 +3,9 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/*)
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: help venv test demo bench bench-full gpu lint format asan wheel clean
+.PHONY: help venv test demo bench bench-full gpu gpu-checks lint format asan wheel clean
 
 help:           ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/ :/'
@@ -50,15 +50,25 @@ GPU_PYTHON ?= python3
 gpu:            ## on a GPU: build in place, tests, sanitizer, benchmarks; ten minutes   (GPU_PYTHON=...)
 	@$(GPU_PYTHON) -m benchmarks.gpu_session $(ARGS)
 
+.venv/gpu-checks: .venv/ready
+	FUSED_CLIP_ADAM_BUILD=none $(BIN)/python -m pip install --quiet --progress-bar off \
+		--no-build-isolation --editable '.[gpu-checks]'
+	touch $@
+
+gpu-checks: .venv/gpu-checks  ## cross-compile the GPU kernels, compare registers, spills, vector width (needs no GPU)
+	$(BIN)/python -m pytest tests/test_cuda_compile.py tests/test_triton_compile.py
+
+CPP := csrc/*.h csrc/cpu/* csrc/cuda/* tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*.cpp
+
 lint: venv      ## ruff and clang-format, without changing anything
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror csrc/*.h csrc/cpu/*
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 format: venv    ## let ruff and clang-format change files
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.h csrc/cpu/*
+	$(BIN)/clang-format -i $(CPP)
 
 # The CPU library under AddressSanitizer and UBSan, and the tests that exercise it. Leaks are CPython's, not looked for.
 ASAN := build/asan/_C.abi3.so
@@ -71,10 +81,14 @@ $(ASAN): $(SOURCES) | venv
 		csrc/cpu/*.cpp -o $@ -L$$($(BIN)/python -c 'import torch.utils.cpp_extension as c; print(c.library_paths()[0])') \
 		-ltorch -ltorch_cpu -lc10
 
-asan: $(ASAN)   ## kernel tests under AddressSanitizer and UBSan
-	FUSED_CLIP_ADAM_LIBRARY=$(CURDIR)/$(ASAN) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+asan: $(ASAN)   ## kernel tests, the CUDA kernels' on the CPU among them, under AddressSanitizer and UBSan
+	FUSED_CLIP_ADAM_LIBRARY=$(CURDIR)/$(ASAN) $(SANITIZED) \
+		-m pytest -x -q tests/test_step.py tests/test_objectives.py tests/test_hostile.py
+	library=$$($(BIN)/python tests/cuda_on_cpu/build.py --sanitize) && FUSED_CLIP_ADAM_CUDA_LIBRARY=$$library \
+		$(SANITIZED) -m pytest -x -q tests/test_cuda_on_cpu.py tests/test_gpu_backends.py
+SANITIZED = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 TRITON_INTERPRET=0 \
 	LD_PRELOAD="$$($(or $(CXX),g++) -print-file-name=libasan.so) $$($(or $(CXX),g++) -print-file-name=libubsan.so)" \
-	$(BIN)/python -m pytest -x -q tests/test_step.py tests/test_objectives.py tests/test_hostile.py
+	$(BIN)/python
 
 wheel: venv     ## one cp310-abi3 wheel in dist/
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .

@@ -47,7 +47,6 @@ CONSTRUCTOR = {
     "a name for reset": (dict(reset="often"), TypeError),
     "the base of the reset rules": (dict(reset=rules.Reset()), TypeError),
     "unknown backend": (dict(backend="tpu"), ValueError),
-    "a backend that is not here": (dict(backend="triton"), RuntimeError),
     "state in bfloat16": (dict(state_dtype=torch.bfloat16), ValueError),
     "a number for skip_nonfinite": (dict(skip_nonfinite=1), TypeError),
     "foreach and fused": (dict(foreach=True, fused=True), RuntimeError),

@@ -151,7 +151,9 @@ __device__ __forceinline__ double update_tile_of(const RowAccess& row, const Ste
   for (int j = 0; j < kHeld; ++j) {
     squares += static_cast<double>(g[j]) * static_cast<double>(g[j]);
     if (RULE == Overshoot::ALIGN_BLOCK && block != 0 && j % RowAccess::kWidth == 0) {
-      keep = gate->keep[static_cast<unsigned>(RowAccess::place(j)) / block];  // a run lies within one logical block
+      // A run lies within one logical block. Past the end of the span there is none, and nothing to keep.
+      const unsigned place = static_cast<unsigned>(RowAccess::place(j));
+      keep = place < static_cast<unsigned>(span.end - span.base) && gate->keep[place / block];
     }
     update_element<T, RULE, AMSGRAD, COUPLED>(p[j], g[j], m[j], v[j], v_max[AMSGRAD ? j : 0], s, keep);
   }
@@ -209,13 +211,16 @@ __device__ __forceinline__ double update_chunk(const RowAccess& access, const St
 
 // ---------------------------------------------------------------- kernels
 
-// Blocks a multiprocessor should hold at least. Three leave ptxas 80 registers a thread, of which it spills none, and
-// keep 768 threads with 128 B each in flight. Where it would spill a few bytes: two.
+// Blocks a multiprocessor should hold at least. Three leave ptxas 80 registers a thread and keep 768 threads with 128 B
+// each in flight. Where it would spill a few bytes of them it is two; tests/registers_cuda.json shows what it takes.
 constexpr int blocks_at_once(Overshoot rule, bool f64) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-  if (rule == Overshoot::ALIGN_BLOCK) return 2;
-#endif
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  return 2;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  return f64 || rule == Overshoot::ALIGN_BLOCK ? 2 : 3;
+#else
   return f64 ? 2 : 3;
+#endif
 }
 
 struct Work {
