@@ -1,0 +1,574 @@
+"""The Triton kernels on CPU tensors, through Triton's interpreter; and host_table.py against the operator it replaces.
+
+Triton reads TRITON_INTERPRET when it is imported; conftest.py sets it where there is no GPU. On a GPU the tests marked
+`interpreted` are left out: test_gpu_backends.py runs the kernels themselves there.
+"""
+
+from __future__ import annotations
+
+import decimal
+import itertools
+import os
+
+import pytest
+import torch
+from cases import CLASSES, RULES, bitwise_equal, largest_error, make_grads, make_params, results, run, tolerance
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import triton
+import triton.language as tl
+
+import fused_clip_adam as fca
+from fused_clip_adam.backends import device_table, host_table, native, triton_step
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET is not 1: the kernels run on the GPU")
+needs_native = pytest.mark.skipif(bool(native.unavailable()), reason=native.unavailable())
+
+CHUNK = 2048
+"""Elements of a chunk in these tests: two tiles or more, so that small tensors cross the boundaries of both."""
+SHAPES = {
+    "0-d": (),
+    "empty": (0,),
+    "empty 2-d": (3, 0, 2),
+    "three": (3,),
+    "2^k - 1": (255,),
+    "2^k + 1": (257,),
+    "matrix": (9, 31),
+    "two chunks": (CHUNK + 1024 + 17,),
+}
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch):
+    monkeypatch.setattr(device_table, "_CHUNK_SMALL", CHUNK)
+
+
+@pytest.fixture(autouse=INTERPRETED, scope="module")
+def _patch_once():
+    """Makes the interpreter several times faster, or leaves a version of it alone that is built differently.
+
+    It searches triton.language for functions to replace at every call of a function within a kernel. The launch has
+    replaced them for our functions, and Triton's own keep what their first call replaced.
+    """
+    from triton.runtime import interpreter
+
+    patch_language = getattr(interpreter, "_patch_lang", None)
+    if patch_language is None or not hasattr(interpreter.InterpretedFunction, "rewrite"):
+        yield
+        return
+    patched = {triton_step.__name__, __name__}
+
+    def call(self, *arguments, **options):
+        if self.fn.__module__ not in patched:
+            patch_language(self.fn)
+            patched.add(self.fn.__module__)
+        return self.rewrite()(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        yield
+
+
+def train(backend: str, params, grads, *, cls=fca.FusedClipAdamW, groups=None, between=None, **options):
+    """Steps with gradients as they are (dtype, strides); returns everything a step writes.
+
+    Args:
+        params: tensors, trained in place as leaves.
+        grads: per step, a list of gradients, None for none.
+        groups: per parameter group, (number of parameters, options).
+        between: called with (optimizer, step) before each step.
+    """
+    own = [p.detach().requires_grad_() for p in params]
+    for p in own:
+        p.grad_dtype = None
+    left = iter(own)
+    described = [{"params": list(itertools.islice(left, n)), **extra} for n, extra in groups or [(len(own), {})]]
+    opt = cls(described, **{"lr": 0.01, "weight_decay": 0.1, "backend": backend, **options})
+    for step, now in enumerate(grads):
+        for p, g in zip(own, now):
+            p.grad = g
+        if between is not None:
+            between(opt, step)
+        opt.step()
+    return [*results(opt, own), opt.grad_norm, opt.step_count_skipped]
+
+
+def assert_same_as_cpu_kernel(make, **options) -> None:
+    """`make()` -> (params, grads), fresh on every call. Bit for bit."""
+    got = train("triton", *make(), **options)
+    assert bitwise_equal(got, train("cpu", *make(), **options))
+
+
+# ---------------------------------------------------------------- against the reference
+
+
+@interpreted
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "cls, dtype", (("AdamW", torch.float64), ("AdamW", torch.float32), ("Adam", torch.float64)), ids=str
+)
+def test_kernel_matches_float64_reference(cls, rule, dtype):
+    steps = 3
+    params = make_params(dtype, shapes=SHAPES)
+    grads = make_grads(params, steps)
+    got = run(CLASSES[cls][0], params, grads, backend="triton", **RULES[rule])
+    wide = [p.double() for p in params]
+    expected = run(CLASSES[cls][0], wide, grads, backend="reference", **RULES[rule])
+    assert largest_error(results(*got), results(*expected)) <= tolerance(dtype, steps)
+    assert float(got[0].grad_norm) == pytest.approx(float(expected[0].grad_norm), rel=1e-6)
+
+
+@interpreted
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("state_dtype", (None, torch.float32))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_narrow_storage_is_rounded_once(dtype, state_dtype, rule):
+    params = make_params(dtype, shapes=SHAPES)
+    grads = make_grads(params, 1)
+    got = run(fca.FusedClipAdamW, params, grads, backend="triton", state_dtype=state_dtype, **RULES[rule])
+    expected = run(fca.FusedClipAdamW, [p.double() for p in params], grads, backend="reference", **RULES[rule])
+    # float16 stores v = g^2 / 1000 below its smallest normal number with an absolute error of half of 2^-24.
+    floor = 2**-25 if dtype == torch.float16 else 0.0
+    for x, y in zip(results(*got), results(*expected), strict=True):
+        error = (x.double() - y.double()).abs()
+        bound = y.double().abs() * torch.finfo(x.dtype).eps + y.double().abs().amax() * 4e-7 if y.numel() else error
+        assert bool((error <= bound + floor).all()), (x, y)
+
+
+# ---------------------------------------------------------------- against the CPU kernels, bit for bit
+#
+# float32 arithmetic: the same operations on the same float32 scalars. The scalars come from float64 that differs in the
+# last places only (1 - beta^step by its series here, the norm summed in another order), which float32 does not show
+# but by a chance of about 1e-7 a scalar; the seeds are fixed. float64 shows it, except where W follows the recurrence.
+
+
+@interpreted
+@needs_native
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_equals_cpu_kernel_bit_for_bit(dtype, rule):
+    params = make_params(dtype, seed=5, shapes=SHAPES)
+    grads = make_grads(params, 2, seed=6)
+    got = run(fca.FusedClipAdam, params, grads, backend="triton", **RULES[rule])
+    assert bitwise_equal(results(*got), results(*run(fca.FusedClipAdam, params, grads, backend="cpu", **RULES[rule])))
+
+
+@interpreted
+@needs_native
+@pytest.mark.parametrize("rule", ("adamw", "brake", "brake damp"))
+def test_float64_equals_cpu_kernel_but_for_the_bias_corrections(rule):
+    params = make_params(torch.float64, shapes=SHAPES)
+    grads = make_grads(params, 3)
+    got, expected = (run(fca.FusedClipAdamW, params, grads, backend=b, **RULES[rule]) for b in ("triton", "cpu"))
+    if rule != "adamw":  # W1 and W2 are kept by the recurrence
+        assert bitwise_equal(results(*got), results(*expected))
+    for p, q in zip(got[1], expected[1]):
+        for name in ("exp_avg", "exp_avg_sq", "step"):
+            assert bitwise_equal([got[0].state[p][name]], [expected[0].state[q][name]])
+
+
+@interpreted
+@needs_native
+@pytest.mark.parametrize("block", (1, 2, 3, 16, 255, 256, 257, 1024, 2048, 2500, 2**48))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_blocks_of_every_length(dtype, block):
+    def make():
+        params = make_params(dtype, seed=3, shapes={"one": (1,), "two": (CHUNK + 1029,)})
+        return params, make_grads(params, 2, seed=4)
+
+    assert_same_as_cpu_kernel(make, overshoot=fca.AlignedMomentum(block=block))
+
+
+@interpreted
+@needs_native
+@pytest.mark.parametrize("states", (None, torch.float32))
+@pytest.mark.parametrize("grads", ("own", "float32"))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", ({"amsgrad": True}, {"overshoot": "align", "grad_clip": 0.5}), ids=("ams", "align"))
+def test_every_combination_of_storage_types(dtype, grads, states, options):
+    if dtype == torch.float64:
+        options = {**options, "overshoot": fca.MomentumBrake()}  # bit for bit needs the recurrence
+
+    def make():
+        params = make_params(dtype, shapes={"a": (CHUNK + 1027,), "b": (5, 3)})
+        return params, [[g.float() if grads == "float32" else g for g in now] for now in make_grads(params, 2)]
+
+    got, expected = (train(b, *make(), state_dtype=states, **options) for b in ("triton", "cpu"))
+    assert dtype == torch.float64 or bitwise_equal(got, expected)
+    assert largest_error(got, expected) <= 1e-14  # float64: the clip coefficient's norm is summed in another order
+
+
+@interpreted
+@needs_native
+@pytest.mark.parametrize("rule", ("adamw", "clip", "align", "align 7", "align 4096", "amsgrad"))
+@pytest.mark.parametrize("moved", range(4))
+def test_misaligned_views(moved, rule):
+    # One tensor of the row (parameter, gradient, or the states, which follow the parameter) starts off its 16 bytes.
+    def make():
+        def at(offset, seed):
+            own = torch.Generator().manual_seed(seed)
+            return torch.randn(offset + CHUNK + 1100, generator=own)[offset:]
+
+        params = [at(moved if moved != 2 else 0, 1), at(0, 2)]
+        return params, [[at(1 if moved == 2 else 0, 10 + step), at(moved, 20 + step)] for step in range(2)]
+
+    assert_same_as_cpu_kernel(make, **RULES[rule])
+
+
+def permuted(shape, order, seed: int) -> torch.Tensor:
+    """A dense tensor of `shape` whose dimensions lie in memory in `order`."""
+    own = torch.Generator().manual_seed(seed)
+    return torch.randn([shape[d] for d in order], generator=own).permute([order.index(d) for d in range(len(shape))])
+
+
+@interpreted
+@needs_native
+@pytest.mark.parametrize("rule", ("adamw", "clip", "clip lagged", "align", "align 7", "align 4096", "amsgrad"))
+def test_strided_tensors(rule):
+    def make():
+        own = torch.Generator().manual_seed(0)
+        params = [
+            permuted((40, 60), (1, 0), 1),  # transposed, gradient likewise: one memory order
+            permuted((40, 60), (1, 0), 2),  # transposed, gradient contiguous
+            permuted((3, 4, 5, 6), (0, 2, 3, 1), 3),  # channels_last
+            torch.randn(50, 60, generator=own)[:, ::2],  # holes
+            torch.randn(7, generator=own),  # contiguous, in the same launch
+            torch.randn(40, 60, generator=own)[3:33],
+        ]
+        grads = []
+        for step in range(2):
+            grads.append(
+                [
+                    permuted((40, 60), (1, 0), 10 + step),
+                    permuted((40, 60), (0, 1), 20 + step),
+                    permuted((3, 4, 5, 6), (0, 1, 2, 3), 30 + step),
+                    torch.full((), 0.25 + step).expand(50, 30),  # one element for all
+                    torch.linspace(-1, 1, 7),
+                    permuted((30, 60), (1, 0), 40 + step),
+                ]
+            )
+        return params, grads
+
+    assert_same_as_cpu_kernel(make, **RULES[rule])
+
+
+@interpreted
+@needs_native
+def test_groups_dtypes_and_many_tiny_tensors_in_one_step():
+    def make():
+        kinds = [DTYPES[1 + i % 3] for i in range(42)]
+        params = [make_params(kind, seed=i, shapes={"": (i % 7, 1 + i % 2)})[0] for i, kind in enumerate(kinds)]
+        return params, make_grads(params, 3)
+
+    groups = [
+        (18, {"lr": torch.tensor(0.02), "grad_clip": 0.3, "overshoot": "align-element"}),
+        (14, {"betas": (0.8, 0.95), "amsgrad": True, "weight_decay": 0.0, "grad_clip": fca.GlobalNorm(0.2, lag=True)}),
+        (10, {"maximize": True, "eps": 1e-3, "overshoot": fca.MomentumBrake(0.5, hold_v=0.2)}),
+    ]
+    assert_same_as_cpu_kernel(make, groups=groups)
+
+
+@interpreted
+@needs_native
+@pytest.mark.parametrize("clip", (None, 0.3), ids=("gathered", "norm first"))
+@pytest.mark.parametrize("overflow", (False, True))
+def test_grad_scale_and_found_inf(overflow, clip):
+    def make():
+        params = make_params(torch.float32, shapes=SHAPES)
+        return params, make_grads(params, 3)
+
+    def between(opt, step):
+        opt.grad_scale = torch.tensor(8.0)
+        opt.found_inf = torch.tensor(float(overflow and step == 1))
+
+    assert_same_as_cpu_kernel(make, grad_clip=clip, between=between)
+
+
+@interpreted
+@pytest.mark.parametrize("bad", (float("nan"), float("inf")))
+def test_skip_nonfinite_changes_nothing(bad):
+    params = make_params(torch.float32, shapes=SHAPES)
+    grads = make_grads(params, 3)
+    grads[1][-1][-1] = bad
+    options = dict(skip_nonfinite=True, overshoot="brake")
+    got = train("triton", [p.clone() for p in params], grads, **options)
+    del grads[1]
+    expected = train("triton", [p.clone() for p in params], grads, **options)
+    assert int(got[-1]) == 1
+    assert bitwise_equal(got[:-1], expected[:-1])
+
+
+@interpreted
+@needs_native
+def test_resets_and_missing_gradients():
+    def make():
+        params = make_params(torch.float32, shapes=SHAPES)
+        grads = make_grads(params, 5)
+        grads[2] = [None if i % 2 else g for i, g in enumerate(grads[2])]
+        return params, grads
+
+    def between(opt, step):
+        if step == 2:
+            opt.reset_momentum(moments=False)
+        if step == 4:
+            opt.new_rollout()
+
+    assert_same_as_cpu_kernel(make, reset=fca.OnRollout(), between=between)
+
+
+@interpreted
+def test_runs_are_bitwise_repeatable():
+    params = make_params(torch.float32, shapes=SHAPES)
+    grads = make_grads(params, 3)
+    for options in ({"grad_clip": 0.5, "overshoot": "align"}, {"grad_clip": fca.GlobalNorm(0.5, lag=True)}):
+        first, second = (train("triton", [p.clone() for p in params], grads, **options) for _ in range(2))
+        assert bitwise_equal(first, second)
+
+
+# ---------------------------------------------------------------- the prologue and the launches by themselves
+
+
+def place_one(p: torch.Tensor, grad: torch.Tensor, steps: list[float], group: list[float], step_dtype=torch.float32):
+    """Tables of len(steps) rows that share everything but their step; and what must stay alive."""
+    n = len(steps)
+    states = [torch.zeros_like(p) for _ in range(2 * n)]
+    params, own_steps = [p.clone() for _ in range(n)], [torch.tensor(float(t), dtype=step_dtype) for t in steps]
+    table = triton_step.tensor_table(params, [grad] * n, states[:n], states[n:], [], own_steps, [], 0)
+    scalars = torch.tensor([group], dtype=torch.float64)
+    placed = triton_step.place([table], scalars, [1], None, torch.device("cpu"), False)
+    return placed, (params, states, own_steps, grad)
+
+
+def call_prologue(placed, **signals):
+    names = ("square_sums", "grad_scale", "found_inf", "observed")
+    books = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
+    triton_step.prologue(placed, *(signals.get(name) for name in names), *books, False)
+    return placed.scalars
+
+
+PLAIN = [0.9, 0.999, -1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.01, 1e-8, 0.0, 0.0, 0.0, 0.0]
+
+
+@interpreted
+@pytest.mark.parametrize("step_dtype", (torch.float32, torch.float64))
+@pytest.mark.parametrize("beta", (0.0, 0.5, 0.9, 0.999, 1 - 1e-9))
+def test_bias_corrections_are_exact_at_every_step(beta, step_dtype):
+    steps = [0, 1, 2, 9, 10, 99, 692, 693, 5000, 99_999, 10_000_000]
+    placed, _held = place_one(torch.zeros(1), torch.zeros(1), steps, [beta, beta, *PLAIN[2:]], step_dtype)
+    got = call_prologue(placed)
+    with decimal.localcontext(prec=60):
+        for t, row in zip(steps, got.tolist()):
+            W = 1 - decimal.Decimal(beta) ** (t + 1)
+            assert row[7] == pytest.approx(float(1 / W), rel=2e-15)
+            assert row[8] == pytest.approx(float(1 / W.sqrt()), rel=2e-15)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_learning_rate_is_read_where_it_is(dtype):
+    lr = torch.tensor(0.03, dtype=dtype)
+    group = list(PLAIN)
+    placed, _held = place_one(torch.zeros(4), torch.zeros(4), [0.0], group)
+    view = placed.fresh[placed.rows :]
+    view[12], view[13] = lr.data_ptr(), int(dtype == torch.float64)
+    assert call_prologue(placed)[0, 10].item() == lr.double().item()
+    lr.fill_(0.5)
+    assert call_prologue(placed)[0, 10].item() == 0.5
+
+
+@interpreted
+def test_gathered_sum_leaves_the_counter_at_zero():
+    grad = torch.randn(3 * CHUNK + 5)
+    placed, _held = place_one(torch.zeros_like(grad), grad, [0.0, 0.0], PLAIN)
+    call_prologue(placed, grad_scale=torch.tensor(2.0))
+    total = torch.tensor(1.0, dtype=torch.float64)
+    triton_step.update_(placed, None, 0, False, False, 0, 1, total)
+    assert float(total) == pytest.approx(1 + 2 * float(grad.double().square().sum()) / 4, rel=1e-14)
+    assert int(placed.finished) == 0
+
+
+@interpreted
+def test_a_failed_launch_names_the_kernel(monkeypatch):
+    placed, _held = place_one(torch.zeros(4), torch.zeros(4), [0.0], PLAIN)
+    monkeypatch.setattr(triton_step, "_PROLOGUE_ROWS", "many")
+    with pytest.raises(RuntimeError, match="prologue_kernel"):
+        call_prologue(placed)
+
+
+# ---------------------------------------------------------------- past 2^31 and 2^32 elements: addresses, not accesses
+
+
+@triton.jit
+def address_kernel(out_ptr, address, first, stop, block, record_ptr, dims, STRIDED: tl.constexpr, PADDED: tl.constexpr):
+    """Where the kernels would look for a tile: addresses, and whether they would."""
+    lane, mask = triton_step.tile_mask(first, stop, block, 64, PADDED)
+    pointer = triton_step.slot_pointer(address, 1, first, lane, record_ptr, dims, tl.float32, STRIDED, 0)
+    own = tl.arange(0, 64)
+    tl.store(out_ptr + own, pointer.to(tl.int64))
+    tl.store(out_ptr + 64 + own, mask.to(tl.int64))
+
+
+FIRSTS = (0, 2**31 - 5, 2**31, 2**32 - 64, 2**32 + 3, 2**33 + 7, 2**40)
+
+
+def addresses_of(first, stop, block=1, record=None, padded=0):
+    out = torch.zeros(128, dtype=torch.int64)
+    words = torch.tensor(record or [0], dtype=torch.int64)
+    dims = torch.tensor([len(record) // 6 if record else 0])
+    holder = torch.tensor([2**44, first, stop, block])
+    _entry[(1,)](out, holder, words, dims, STRIDED=record is not None, PADDED=padded)
+    return out[:64], out[64:].bool()
+
+
+@triton.jit
+def _entry(out_ptr, numbers_ptr, record_ptr, dims_ptr, STRIDED: tl.constexpr, PADDED: tl.constexpr):
+    # As in the kernels: int64 from a table, whatever the value.
+    address, first = tl.load(numbers_ptr), tl.load(numbers_ptr + 1)
+    stop, block = tl.load(numbers_ptr + 2), tl.load(numbers_ptr + 3)
+    address_kernel(out_ptr, address, first, stop, block, record_ptr, tl.load(dims_ptr), STRIDED, PADDED)
+
+
+@interpreted
+@pytest.mark.parametrize("first", FIRSTS)
+def test_addresses_past_32_bits(first):
+    lane = torch.arange(64)
+    got, mask = addresses_of(first, first + 50)
+    assert torch.equal(got, 2**44 + 4 * (first + lane))
+    assert torch.equal(mask, lane < 50)
+    assert bool(addresses_of(first, 2**45)[1].all())
+    got, mask = addresses_of(first, first + 40, block=7, padded=8)
+    element = lane // 8 * 7 + lane % 8
+    assert torch.equal(got[mask], (2**44 + 4 * (first + element))[mask])
+    assert torch.equal(mask, (lane % 8 < 7) & (element < 40))
+
+
+@interpreted
+@pytest.mark.parametrize("first", FIRSTS)
+def test_strided_addresses_past_32_bits(first):
+    sizes, strides = [2**21, 3, 2**20], [2**22, 2**50, 3]
+    record = [*sizes, 0, 0, 0, *strides, *[0] * 9]
+    index = first + torch.arange(64)
+    offset = index // (3 * 2**20) * strides[0] + index // 2**20 % 3 * strides[1] + index % 2**20 * strides[2]
+    got, _ = addresses_of(first, 2**45, record=record)
+    assert torch.equal(got, 2**44 + 4 * offset)
+
+
+def test_chunks_past_32_bits():
+    head = torch.zeros(device_table.ROW, dtype=torch.int64)
+    head[device_table.NUMEL] = 2**33 + 1
+    (launch,), chunks = device_table._make_launches(head, [1], [1])
+    begins = chunks.view(-1, 2)[:, 1]
+    assert launch.chunks == len(begins) == 2**33 // launch.chunk_size + 1
+    assert torch.equal(begins, torch.arange(launch.chunks) * launch.chunk_size)
+
+
+# ---------------------------------------------------------------- host_table.py against the operator
+
+
+def table_cases() -> dict[str, dict]:
+    """Arguments of tensor_table, some of which it refuses."""
+
+    def lists(*params, grads=None, steps=None, weights=(), maxima=False, states=None):
+        params = list(params)
+        return dict(
+            params=params,
+            grads=[torch.ones_like(p) for p in params] if grads is None else grads,
+            exp_avgs=[torch.zeros_like(p, dtype=states) for p in params],
+            exp_avg_sqs=[torch.zeros_like(p, dtype=states) for p in params],
+            max_exp_avg_sqs=[torch.zeros_like(p, dtype=states) for p in params] if maxima else [],
+            steps=[torch.zeros(()) for _ in params] if steps is None else steps,
+            bias_weights=list(weights),
+            group=3,
+        )
+
+    def changed(own, **changes):
+        return {**own, **changes}
+
+    f = torch.zeros
+    both = f(20)
+    square = f(6, 6)
+    resized = f(2)
+    resized.untyped_storage().resize_(0)
+    return {
+        "one": lists(f(5)),
+        "0-d and empty": lists(f(()), f(0), f(3, 0, 2)),
+        "every dtype": lists(*(f(3, dtype=d) for d in DTYPES), maxima=True),
+        "float32 states and gradients": lists(f(3, dtype=torch.float16), grads=[f(3)], states=torch.float32),
+        "float64 steps, weights": lists(f(2), steps=[f(1, 1).double()], weights=[f(2).double()]),
+        "transposed": lists(f(4, 5).t(), f(3)),
+        "transposed parameter, plain gradient": lists(f(4, 5).t(), grads=[f(5, 4)], maxima=True),
+        "channels_last": lists(f(2, 3, 4, 5).to(memory_format=torch.channels_last)),
+        "holes": lists(f(4, 6)[:, ::2], f(9)[::3]),
+        "size-1 dimensions": lists(f(4, 1, 5).transpose(0, 1), f(1, 1).expand(1, 1)),
+        "expanded gradient": lists(f(4, 5), grads=[f(()).expand(4, 5)]),
+        "two views side by side": lists(both[:10], both[10:]),
+        "interleaved views": lists(both[::2], both[1::2]),
+        "gradient is its parameter": lists(both, grads=[both]),
+        "shared gradients": lists(f(4), f(4), grads=[both[:4], both[2:6]]),
+        # refused
+        "lengths": changed(lists(f(3), f(3)), grads=[f(3)]),
+        "lengths of maxima": changed(lists(f(3), f(3)), max_exp_avg_sqs=[f(3)]),
+        "integer parameter": lists(f(3, dtype=torch.int64), states=torch.float32),
+        "shape of gradient": lists(f(3), grads=[f(4)]),
+        "shape of state": changed(lists(f(3)), exp_avg_sqs=[f(1, 3)]),
+        "dtype of gradient": lists(f(3), grads=[f(3).double()]),
+        "dtype of state": lists(f(3), states=torch.float16),
+        "states differ": changed(lists(f(3, dtype=torch.bfloat16)), exp_avg_sqs=[f(3)]),
+        "expanded parameter": lists(f(()).expand(3)),
+        "overlapping parameter": lists(torch.as_strided(f(9), (4, 3), (2, 1))),
+        "no memory": lists(f(2), grads=[f(2)], steps=[f(())]) | {"exp_avgs": [resized]},
+        "integer step": lists(f(3), steps=[torch.zeros((), dtype=torch.int64)]),
+        "bfloat16 step": lists(f(3), steps=[f((), dtype=torch.bfloat16)]),
+        "two steps": lists(f(3), steps=[f(2)]),
+        "weights": lists(f(3), weights=[f(2)]),
+        "strided weights": lists(f(3), weights=[f(4).double()[::2]]),
+        "complex weights": lists(f(3), weights=[f(2, dtype=torch.complex64)]),
+        "twice": lists(both, both),
+        "overlapping views": lists(f(3), both[:10], both[5:15]),
+        "gradient of another": lists(both[:10], both[10:], grads=[both[10:], f(10)]),
+        "shifted gradient": lists(both[:10], grads=[both[1:11]]),
+        "gradient of another type": lists(both[:4], grads=[both.view(torch.float32)[:4]]) | {"exp_avgs": [both[:4]]},
+        "strided and overlapping": lists(both[::2], both[::4]),
+        "transpose of itself": lists(square, grads=[square.t()]),
+        "lazy": lists(f(3), grads=[torch.zeros(3, dtype=torch.complex64).conj().imag]),
+        "zero tensor": lists(f(3), grads=[torch._efficientzerotensor(3)]),
+    }
+
+
+def outcome_of(function, arguments) -> tuple[str, str]:
+    try:
+        table = function(*arguments.values())
+    except RuntimeError as error:
+        return "refused", str(error).split("\nException raised")[0]
+    assert table.dtype == torch.int64 and table.device.type == "cpu"
+    return "words", str(table.tolist())
+
+
+@needs_native
+@pytest.mark.parametrize("case", table_cases())
+def test_host_table_is_the_operator_word_for_word(case):
+    arguments = table_cases()[case]
+    expected = outcome_of(native.tensor_table, arguments)
+    assert outcome_of(host_table.tensor_table, arguments) == expected
+    assert outcome_of(host_table.tensor_table, arguments) == expected  # what was found disjoint is not checked again
+
+
+def test_host_table_refuses_two_devices():
+    tensors = [torch.zeros(3), torch.zeros(3, device="meta")]
+    lists = [tensors, [torch.zeros(3)] * 2, [torch.zeros(3)] * 2, [torch.zeros(3)] * 2, [], [torch.zeros(())] * 2, []]
+    with pytest.raises(RuntimeError, match=r"params\[1\] is not on the device of params\[0\]"):
+        host_table.tensor_table(*lists, 0)
+
+
+@interpreted
+@needs_native
+def test_a_step_with_the_host_table(monkeypatch):
+    params = make_params(torch.float32, shapes=SHAPES)
+    params.append(torch.randn(40, 30).t())
+    grads = make_grads(params, 2)
+    expected = run(fca.FusedClipAdamW, params, grads, backend="triton")
+    monkeypatch.setattr(triton_step, "tensor_table", host_table.tensor_table)
+    assert bitwise_equal(results(*run(fca.FusedClipAdamW, params, grads, backend="triton")), results(*expected))
