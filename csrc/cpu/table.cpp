@@ -334,10 +334,10 @@ void boxed_tensor_table(StableIValue* stack, uint64_t, uint64_t) {
   const TensorList params(stack[0]), grads(stack[1]), exp_avgs(stack[2]), exp_avg_sqs(stack[3]),
       max_exp_avg_sqs(stack[4]), steps(stack[5]), bias_weights(stack[6]);
   if (ON_DEVICE && !params.empty()) {
-    const TensorList* const lists[] = {&params, &grads, &exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs, &steps,
-                                       &bias_weights};
-    const char* const names[] = {"params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps",
-                                 "bias_weights"};
+    const TensorList* const lists[] = {&params,          &grads, &exp_avgs,    &exp_avg_sqs,
+                                       &max_exp_avg_sqs, &steps, &bias_weights};
+    const char* const names[] = {"params",          "grads", "exp_avgs",    "exp_avg_sqs",
+                                 "max_exp_avg_sqs", "steps", "bias_weights"};
     for (int64_t i = 0; i < 7; ++i) check_one_device(*lists[i], names[i], params[0]);
   }
   stack[0] = torch::stable::detail::from(tensor_table(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps,
