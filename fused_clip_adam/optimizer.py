@@ -284,7 +284,7 @@ class _FusedClip:
         """Raises:
         RuntimeError: a CUDA graph is being captured and a group is not capturable.
         """
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             for index, group in enumerate(self.param_groups):
                 if not group["capturable"]:
                     raise RuntimeError(

@@ -249,19 +249,21 @@ def dry_steps() -> dict:
     triton.runtime.driver.set_active(driver)
     backends.check_name, backends.choose_step = (lambda name: name), (lambda name, device: triton_step)
     launches = {}
-    for elements in (16, 17, 100_003):  # 1, a multiple of 16, and more than one chunk, are all one compilation
-        for clip in (1.0, None):
-            params = [torch.nn.Parameter(torch.zeros(elements)) for _ in range(1 + elements % 3)]
-            opt = fca.FusedClipAdamW(params, backend="triton", grad_clip=clip)
-            for scale in (None, torch.ones(())):
-                for p in params:
-                    p.grad = torch.zeros_like(p)
-                opt.grad_scale = opt.found_inf = scale
-                if scale is not None:
-                    opt.observe(fca.ClipStats(torch.zeros(14)))
-                driver.launched.clear()
-                opt.step()
-                launches[f"{elements}, {clip}, {scale is not None}"] = list(driver.launched)
+    # A multiple of 16, or not, and more than one chunk, are all one compilation; blocks past 2^31 are another.
+    cases = [(n, clip, None) for n in (16, 17, 100_003) for clip in (1.0, None)]
+    cases += [(17, 1.0, fca.AlignedMomentum(block)) for block in (2**20, 2**48)]
+    for elements, clip, rule in cases:
+        params = [torch.nn.Parameter(torch.zeros(elements)) for _ in range(1 + elements % 3)]
+        opt = fca.FusedClipAdamW(params, backend="triton", grad_clip=clip, overshoot=rule)
+        for scale in (None, torch.ones(())):
+            for p in params:
+                p.grad = torch.zeros_like(p)
+            opt.grad_scale = opt.found_inf = scale
+            if scale is not None:
+                opt.observe(fca.ClipStats(torch.zeros(14)))
+            driver.launched.clear()
+            opt.step()
+            launches[f"{elements}, {clip}, {rule}, {scale is not None}"] = list(driver.launched)
     compiled = {}
     for name in ("norm_kernel", "prologue_kernel", "update_kernel"):
         (cache, *_), *_ = getattr(triton_step, name).device_caches.values()
@@ -374,8 +376,9 @@ def test_three_launches_a_step(dry_run):
 
 
 def test_sizes_do_not_compile_anew(dry_run):
-    # With a norm or without; the prologue also with GradScaler and observed masses or without.
-    assert dry_run["compiled"] == {"norm_kernel": 1, "prologue_kernel": 4, "update_kernel": 2}
+    # With a norm or without; the prologue also with GradScaler and observed masses or without; the norm and the update
+    # also with sizes past 2^31.
+    assert dry_run["compiled"] == {"norm_kernel": 2, "prologue_kernel": 4, "update_kernel": 4}
 
 
 def main() -> None:
