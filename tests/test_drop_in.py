@@ -535,3 +535,33 @@ def test_a_new_rollout_resets_the_groups_that_ask():
     assert kept == (True, True, False)
     train(opt, range(2, 3))
     assert all(bool(p.isfinite().all()) for p in params)
+
+
+def test_a_compiled_training_step_breaks_where_torchs_fused_one_does():
+    import torch._dynamo as dynamo
+
+    def train(build, compiled: bool):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(8, 8)
+        opt = build(model.parameters())
+        x = torch.randn(4, 8)
+
+        def step():
+            opt.zero_grad()
+            model(x).square().mean().backward()
+            opt.step()
+
+        dynamo.reset()
+        if not compiled:
+            breaks = dynamo.explain(step)().graph_break_count
+            return breaks, [p.detach().clone() for p in model.parameters()]
+        run = torch.compile(step, backend="aot_eager")
+        for _ in range(3):
+            run()
+        return None, [p.detach().clone() for p in model.parameters()]
+
+    ours, theirs = fca.FusedClipAdamW, lambda params: torch.optim.AdamW(params, fused=True)
+    assert train(ours, False)[0] <= train(theirs, False)[0]
+    for x, y in zip(train(ours, True)[1], train(theirs, True)[1]):
+        assert float((x - y).abs().max()) <= 3 * torch.finfo(torch.float32).eps
+    dynamo.reset()
