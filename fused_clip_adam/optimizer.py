@@ -325,7 +325,8 @@ class _FusedClip:
             )
             addresses.append(address)
         out = torch.tensor(rows, dtype=torch.float64, device="cpu")
-        out.view(torch.int64)[:, 12:] = torch.tensor(addresses, dtype=torch.int64, device="cpu")
+        if any(address for address, _ in addresses):
+            out.view(torch.int64)[:, 12:] = torch.tensor(addresses, dtype=torch.int64, device="cpu")
         return out
 
     def _differentiable_step(self) -> None:
