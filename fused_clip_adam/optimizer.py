@@ -101,7 +101,7 @@ class _FusedClip:
         self._grad_square_sum = torch.zeros((), dtype=torch.float64, device="cpu")
         self._steps_skipped = torch.zeros((), dtype=torch.int64, device="cpu")
         self._observed: Tensor | None = None
-        self._kept: dict[torch.device, _Kept] = {}
+        self._kept: dict[torch.device, Any] = {}  # what `place` made for a device, for the next step
         super().__init__(
             params,
             lr=lr,
@@ -157,7 +157,7 @@ class _FusedClip:
         added: list[tuple[dict, Any]] = []
         try:
             # Everything is checked here; nothing has been changed yet.
-            tables = [[self._table(batch, part.backend, added) for batch in part.batches] for part in parts]
+            tables = [[self._table(batch, part, added) for batch in part.batches] for part in parts]
             for part, own_tables in zip(parts, tables):
                 part.place(own_tables, self._group_scalars(part), self.param_groups)
 
@@ -211,12 +211,8 @@ class _FusedClip:
         for batch in batches:
             part = parts.get(batch.device)
             if part is None:
-                kept = self._kept.get(batch.device)
-                if kept is None:
-                    kept = self._kept[batch.device] = _Kept()
-                parts[batch.device] = part = _Part(
-                    batch.device, backends.choose_step(self.backend, batch.device.type), kept
-                )
+                backend = backends.choose_step(self.backend, batch.device.type)
+                parts[batch.device] = part = _Part(batch.device, backend, self._kept)
             part.batches.append(batch)
         first, *others = parts.values()
         self._grad_square_sum = first.grad_square_sum = _moved(self._grad_square_sum, first.device)
@@ -230,17 +226,16 @@ class _FusedClip:
                 part.gathered = torch.zeros_like(part.grad_square_sum)
         return list(parts.values())
 
-    def _table(self, batch: Batch, backend, added: list[tuple[dict, Any]]) -> Any:
+    def _table(self, batch: Batch, part: _Part, added: list[tuple[dict, Any]]) -> Any:
         """A batch's table, its states attached; notes in `added` what is new."""
         group = self.param_groups[batch.group]
-        on_device = getattr(backend, "ON_DEVICE", False)
         attach_states(
             batch,
             self.state,
             group["amsgrad"],
             isinstance(group.get("overshoot"), MomentumBrake),
-            on_device,
-            lambda p: self._new_state(p, group, on_device),
+            part.on_device,
+            lambda p: self._new_state(p, group, part.on_device),
             added,
         )
         for i, weights in enumerate(batch.bias_weights):
@@ -250,7 +245,7 @@ class _FusedClip:
                 own["bias_weights"] = torch.stack([1 - float(beta) ** step for beta in group["betas"]]).to(batch.device)
                 added.append((own, "bias_weights"))
                 batch.bias_weights[i] = own["bias_weights"]
-        return backend.tensor_table(*batch.tensors())
+        return part.backend.tensor_table(*batch.tensors())
 
     def _new_state(self, p: Tensor, group: dict[str, Any], on_device: bool) -> dict[str, Any]:
         # The GPU kernels advance the step themselves, so that a skipped step needs no host read.
@@ -551,19 +546,12 @@ class FusedClipAdam(_FusedClip, torch.optim.Adam):
 
 
 @dataclasses.dataclass
-class _Kept:
-    """What a device keeps between steps; nothing of it belongs in a state dict or a pickle."""
-
-    placed: Any = None
-
-
-@dataclasses.dataclass
 class _Part:
     """One device's share of a step."""
 
     device: torch.device
     backend: Any
-    kept: _Kept
+    kept: dict[torch.device, Any]  # of all devices
     batches: list[Batch] = dataclasses.field(default_factory=list)
     grad_square_sum: Any = None
     steps_skipped: Any = None
@@ -585,8 +573,8 @@ class _Part:
         groups = [param_groups[batch.group] for batch in self.batches]
         blocks = [_block(group) for group in groups]
         capturable = any(group["capturable"] for group in groups)
-        self.placed = self.kept.placed = self.backend.place(
-            tables, group_scalars, blocks, self.kept.placed, self.device, capturable
+        self.placed = self.kept[self.device] = self.backend.place(
+            tables, group_scalars, blocks, self.kept.get(self.device), self.device, capturable
         )
 
 

@@ -483,7 +483,7 @@ def test_capture_needs_capturable_tables_and_keeps_them(backend, device, monkeyp
             opt.step()
         assert float(p.grad.sum()) == float(p.grad.sum()) and not opt.state[p]
     opt.step()
-    placed = opt._kept[p.device].placed
+    placed = opt._kept[p.device]
     placed._spares.append(torch.empty_like(placed.fresh, device="cpu"))
     uploads = []
     monkeypatch.setattr(device_table, "_upload", lambda host, target: uploads.append(1) or target.copy_(host))

@@ -25,9 +25,6 @@ STEP_DEVICES = {
 }
 """The devices on which each backend runs the optimizer; the README's support table is tested against it."""
 
-OBJECTIVE_DEVICES = {"cpu": ("cpu",), "reference": ("cpu", "cuda", "any other torch device")}
-"""The same for `policy_loss` and its relatives, whose GPU kernels have not landed."""
-
 
 def _module(name: str) -> ModuleType:
     """Imported when first asked for: Triton takes a second to import, and loading a library can fail."""

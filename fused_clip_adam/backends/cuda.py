@@ -27,15 +27,10 @@ def _load() -> str:
         path = pathlib.Path(other)
     elif torch.version.cuda is None:
         return f"torch {torch.__version__} is not a CUDA build; install one that is, then: {_HOW}"
-    if not path.exists():
-        return f"{path.name} is missing: the package was installed without nvcc. With the CUDA toolkit on PATH: {_HOW}"
-    if native.unavailable():
+    missing = f"the package was installed without nvcc. With the CUDA toolkit on PATH: {_HOW}"
+    if path.exists() and native.unavailable():  # its tables are made there
         return native.unavailable()
-    try:
-        torch.ops.load_library(str(path))
-    except OSError as error:
-        return f"the library {path.name} does not load under torch {torch.__version__}: {error}"
-    return ""
+    return native.load_library(path, missing)
 
 
 _reason = _load()
@@ -67,30 +62,9 @@ def grad_square_sums(placed: DeviceTables) -> Tensor:
     return placed.partials
 
 
-def prologue(
-    placed: DeviceTables,
-    square_sums: Tensor | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    observed: Tensor | None,
-    grad_square_sum: Tensor,
-    steps_skipped: Tensor,
-    skip_nonfinite: bool,
-) -> None:
+def prologue(placed: DeviceTables, *signals) -> None:
     """Phase 2: one launch, which also advances every step and writes `placed.scalars`. See reference_step.py."""
-    _prologue(
-        placed.fixed,
-        placed.fresh,
-        placed.rows,
-        square_sums,
-        grad_scale,
-        found_inf,
-        observed,
-        grad_square_sum,
-        steps_skipped,
-        skip_nonfinite,
-        placed.scalars,
-    )
+    _prologue(placed.fixed, placed.fresh, placed.rows, *signals, placed.scalars)
 
 
 def update_(

@@ -15,21 +15,27 @@ __all__ = ["Placed", "capability", "grad_square_sums", "place", "policy_loss", "
 _reason = ""
 
 
-def _load() -> str:
-    """Loads the library; returns why it could not, or ""."""
-    path = pathlib.Path(__file__).parent.parent / "_C.abi3.so"
-    if other := os.environ.get("FUSED_CLIP_ADAM_LIBRARY"):  # a sanitizer build, or a path that does not exist
-        path = pathlib.Path(other)
+def load_library(path: pathlib.Path, missing: str) -> str:
+    """Loads a library of operators; returns why it could not, or "". `missing`: why it may not exist and what to do."""
     if not path.exists():
-        return (
-            f"{path.name} is missing: the package was installed without a C++ compiler. Install one (g++ or clang++), "
-            "then: pip install --no-build-isolation --force-reinstall --no-deps fused_clip_adam"
-        )
+        return f"{path.name} is missing: {missing}"
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
         return f"the library {path.name} does not load under torch {torch.__version__}: {error}"
     return ""
+
+
+def _load() -> str:
+    """Loads the library; returns why it could not, or ""."""
+    path = pathlib.Path(__file__).parent.parent / "_C.abi3.so"
+    if other := os.environ.get("FUSED_CLIP_ADAM_LIBRARY"):  # a sanitizer build, or a path that does not exist
+        path = pathlib.Path(other)
+    return load_library(
+        path,
+        "the package was installed without a C++ compiler. Install one (g++ or clang++), "
+        "then: pip install --no-build-isolation --force-reinstall --no-deps fused_clip_adam",
+    )
 
 
 _reason = _load()
