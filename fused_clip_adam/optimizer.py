@@ -573,9 +573,11 @@ class _Part:
         groups = [param_groups[batch.group] for batch in self.batches]
         blocks = [_block(group) for group in groups]
         capturable = any(group["capturable"] for group in groups)
-        self.placed = self.kept[self.device] = self.backend.place(
+        self.placed = self.backend.place(
             tables, group_scalars, blocks, self.kept.get(self.device), self.device, capturable
         )
+        if self.on_device:  # the host's tables are made anew each step, and the reference's hold the gradients
+            self.kept[self.device] = self.placed
 
 
 def _is_coupled(group: dict[str, Any]) -> bool:

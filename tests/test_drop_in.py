@@ -565,3 +565,16 @@ def test_a_compiled_training_step_breaks_where_torchs_fused_one_does():
     for x, y in zip(train(ours, True)[1], train(theirs, True)[1]):
         assert float((x - y).abs().max()) <= 3 * torch.finfo(torch.float32).eps
     dynamo.reset()
+
+
+@pytest.mark.parametrize("backend", ("cpu", "reference"))
+def test_a_step_does_not_keep_gradients_alive(backend):
+    import weakref
+
+    p = Parameter(torch.ones(3))
+    opt = fca.FusedClipAdamW([p], backend=backend)
+    p.grad = torch.ones(3)
+    alive = weakref.ref(p.grad)
+    opt.step()
+    opt.zero_grad()
+    assert alive() is None
