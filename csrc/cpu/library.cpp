@@ -1,4 +1,4 @@
-// The operators of the package, by the phases of a step, then the objective. CPU kernels register beside their code.
+// The operators of the package, by the phases of a step, then the objectives. CPU kernels register beside their code.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -31,10 +31,20 @@ STABLE_TORCH_LIBRARY(fused_clip_adam, m) {
       "update_(Tensor table, Tensor group_scalars, Tensor control, bool coupled, bool amsgrad, int overshoot, "
       "int block, Tensor(a!)? grad_square_sum) -> ()");
   m.def(
-      "policy_loss(Tensor logp, Tensor old_logp, Tensor advantages, Tensor? mask, Tensor? weights, Tensor? ref_logp, "
-      "Tensor? sequence_ids, int num_sequences, int token_rule, bool sequence_ratio, float low, float high, "
-      "float dual, float cap, int aggregation, float normalizer, float kl_coef, int kl_estimator, bool want_grad) "
-      "-> (Tensor loss, Tensor grad, Tensor scale, Tensor stats)");
+      "policy_loss(Tensor logp, Tensor old_logp, Tensor advantages, Tensor? mask, Tensor? weights, Tensor? aux, "
+      "Tensor? ref_logp, Tensor? entropy, Tensor? sequence_ids, Tensor? sequence_order, Tensor? sequence_offsets, "
+      "int num_sequences, int rule, float[] scalars, Tensor? bounds, int aggregation, float normalizer, "
+      "Tensor? normalizer_tensor, float kl_coef, int kl_estimator, float entropy_coef, bool want_grad) "
+      "-> (Tensor loss, Tensor grad, Tensor grad_entropy, Tensor scale, Tensor stats)");
+  m.def(
+      "bound_sums(Tensor logp, Tensor old_logp, Tensor advantages, Tensor? mask, float[] lows, float[] highs) -> "
+      "Tensor");
+  m.def(
+      "logits_forward(Tensor logits, Tensor tokens, Tensor? mask, float inv_temperature) "
+      "-> (Tensor logp, Tensor entropy, Tensor softmax)");
+  m.def(
+      "logits_backward(Tensor logits, Tensor tokens, Tensor softmax, Tensor entropy, Tensor grad_logp, "
+      "Tensor? grad_entropy, float inv_temperature, Tensor(a!) out) -> ()");
   m.def("cpu_capability(bool unused) -> str");
 }
 

@@ -1,11 +1,13 @@
 // The ratio-clip objective on log-probabilities: loss, d loss / d logp and the clip statistics in one pass.
 //
-// Reads logp, old_logp, advantages (and mask, weights, ref_logp where given) once, writes the gradient once; inputs are
-// [rows, cols] with any strides, so an expanded advantage or a sliced log-prob is never copied. Objectives that need
-// a sequence's length or mean log-ratio first gather them (the row is then still in cache).
+// Reads logp, old_logp, advantages (and mask, weights, aux, ref_logp, entropy where given) once, writes the gradient
+// once; inputs are [rows, cols] with any strides, so an expanded advantage or a sliced log-prob is never copied.
+// Objectives that need a number of the whole sequence first gather it, a sequence at a time (its tokens are then still
+// in cache).
 #include <algorithm>
 #include <limits>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "../check_args.h"
@@ -65,13 +67,21 @@ void read_tokens_as(const Matrix& m, int64_t row, int64_t col, int64_t n, T* til
   for (int64_t i = 0; i < n; ++i) tile[i] = load_as<T, S>(source[i * m.col_stride]);
 }
 
-template <typename T>
-void read_tokens(const Matrix& m, int64_t row, int64_t col, int64_t n, T* tile) {
+// The same from columns in any order.
+template <typename S, typename T>
+void gather_tokens_as(const Matrix& m, const int64_t* cols, int64_t n, T* tile) {
+  const S* source = reinterpret_cast<const S*>(m.data);
+  for (int64_t i = 0; i < n; ++i) tile[i] = load_as<T, S>(source[cols[i] * m.col_stride]);
+}
+
+// Calls read(S(), target) for the matrix's storage type S; 16-bit storage becomes float first.
+template <typename T, typename Read>
+void read_dtype(const Matrix& m, int64_t n, T* tile, Read read) {
   switch (m.dtype) {
     case DType::F64:
-      return read_tokens_as<double>(m, row, col, n, tile);
+      return read(double(), tile);
     case DType::F32:
-      return read_tokens_as<float>(m, row, col, n, tile);
+      return read(float(), tile);
     default:
       break;
   }
@@ -79,37 +89,54 @@ void read_tokens(const Matrix& m, int64_t row, int64_t col, int64_t n, T* tile) 
   float* target = narrow;
   if constexpr (sizeof(T) == 4) target = tile;
   if (m.dtype == DType::BF16) {
-    read_tokens_as<BFloat16>(m, row, col, n, target);
+    read(BFloat16(), target);
   } else {
-    read_tokens_as<Float16>(m, row, col, n, target);
+    read(Float16(), target);
   }
   if constexpr (sizeof(T) == 8) std::copy(narrow, narrow + n, tile);
 }
 
+template <typename T>
+void read_tokens(const Matrix& m, int64_t row, int64_t col, int64_t n, T* tile) {
+  read_dtype(m, n, tile,
+             [&](auto storage, auto* target) { read_tokens_as<decltype(storage)>(m, row, col, n, target); });
+}
+
+template <typename T>
+void gather_tokens(const Matrix& m, const int64_t* cols, int64_t n, T* tile) {
+  read_dtype(m, n, tile, [&](auto storage, auto* target) { gather_tokens_as<decltype(storage)>(m, cols, n, target); });
+}
+
 struct Settings {
-  TokenRule rule;
-  bool sequence_ratio;
-  double low, high, dual, cap, kl_coef, normalizer;
+  Rule rule;
+  RuleScalars<double> scalars;
+  double kl_coef, entropy_coef;
+  double normalizer;  // 0: the count
   KlEstimator kl;
   Aggregation aggregation;
 };
 
 struct Inputs {
-  Matrix logp, old_logp, advantages, weights, ref_logp;
+  Matrix logp, old_logp, advantages, weights, aux, ref_logp, entropy;
   const uint8_t* mask = nullptr;  // bytes: a bool tensor viewed from other data may hold more than 0 and 1
   int64_t mask_row = 0, mask_col = 0;
-  const int64_t* sequence_ids = nullptr;  // packed layout: one row, the sequence of each token
+  // Packed layout: one row; the sequence of each token, the tokens sorted by sequence, where each sequence starts
+  // there.
+  const int64_t* sequence_ids = nullptr;
   int64_t sequence_stride = 1;
+  const int64_t* order = nullptr;
+  const int64_t* offsets = nullptr;
   int64_t rows = 0, cols = 0;
 };
 
 // One tile of tokens in the arithmetic type.
 template <typename T>
 struct Tokens {
-  T logp[kTokens], old_logp[kTokens], A[kTokens], w[kTokens], ref[kTokens];
+  T logp[kTokens], old_logp[kTokens], A[kTokens], w[kTokens], aux[kTokens], ref[kTokens], H[kTokens];
   T D[kTokens], valid[kTokens], bad[kTokens];  // valid: unmasked and finite; bad: unmasked and not finite
-  T a[kTokens], s[kTokens];                    // aggregation weight; sequence log-ratio, where the objective has one
-  T r[kTokens], loss[kTokens], grad[kTokens];
+  T a[kTokens];                                // aggregation weight
+  T s[kTokens], pull[kTokens];                 // of the sequence, where the rule has one: log-ratio, share of gradient
+  T r[kTokens], loss[kTokens], grad[kTokens], grad_entropy[kTokens];
   T low[kTokens], high[kTokens], dual[kTokens], suppressed[kTokens], total[kTokens], k1[kTokens], k2[kTokens],
       k3[kTokens];
 };
@@ -118,10 +145,10 @@ struct Tokens {
 template <typename T>
 FCA_INLINE void classify_tile_body(Tokens<T>& t, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
-    const T logp = t.logp[i], A = t.A[i], w = t.w[i], ref = t.ref[i], unmasked = t.valid[i];
+    const T logp = t.logp[i], A = t.A[i], w = t.w[i], aux = t.aux[i], ref = t.ref[i], H = t.H[i], unmasked = t.valid[i];
     const T d = logp - t.old_logp[i], x = ref - logp;
     // x - x is 0 for a finite x, else NaN; logp is in d, which is finite only if it is.
-    const bool finite = (d - d) + (A - A) + (w - w) + (x - x) == T(0);
+    const bool finite = (d - d) + (A - A) + (w - w) + (x - x) + (aux - aux) + (H - H) == T(0);
     const T valid = select(finite, unmasked, T(0));
     const bool used = valid != T(0);
     t.bad[i] = unmasked - valid;
@@ -130,7 +157,9 @@ FCA_INLINE void classify_tile_body(Tokens<T>& t, int64_t n) {
     t.A[i] = select(used, A, T(0));
     t.logp[i] = select(used, logp, T(0));
     t.w[i] = select(used, w, T(0));
+    t.aux[i] = select(used, aux, T(0));
     t.ref[i] = select(used, ref, T(0));
+    t.H[i] = select(used, H, T(0));
   }
 }
 FCA_LEAF((typename T), (T), void, classify_tile, (Tokens<T> & t, int64_t n), (t, n))
@@ -142,34 +171,63 @@ FCA_INLINE T token_limit(const Settings& settings) {
   return static_cast<T>(saturation(T()) * shrink);
 }
 
+template <typename T>
+FCA_INLINE RuleScalars<T> rule_scalars(const Settings& settings) {
+  const RuleScalars<double>& p = settings.scalars;
+  return {static_cast<T>(p.low), static_cast<T>(p.high), static_cast<T>(p.dual), static_cast<T>(p.cap),
+          static_cast<T>(p.a),   static_cast<T>(p.b),    static_cast<T>(p.c),    static_cast<T>(p.d)};
+}
+
+// What the tokens' sequences sum, into `grad`.
+template <typename T, Rule RULE>
+FCA_INLINE void sequence_term_tile_body(Tokens<T>& t, const Settings& settings, int64_t n) {
+  const RuleScalars<T> p = rule_scalars<T>(settings);
+  for (int64_t i = 0; i < n; ++i) t.grad[i] = t.valid[i] * sequence_term<T, RULE>(t.D[i], t.A[i], t.aux[i], p);
+}
+FCA_LEAF((typename T, Rule RULE), (T, RULE), void, sequence_term_tile,
+         (Tokens<T> & t, const Settings& settings, int64_t n), (t, settings, n))
+
+// The tokens' parts of their sequence's gradient, into `grad`.
+template <typename T, Rule RULE>
+FCA_INLINE void sequence_pull_tile_body(Tokens<T>& t, const Settings& settings, int64_t n) {
+  const RuleScalars<T> p = rule_scalars<T>(settings);
+  const T limit = token_limit<T>(settings);
+  for (int64_t i = 0; i < n; ++i) {
+    const T r = exp_clamped(clamp_log_ratio(t.s[i]));
+    const Token<T> out = token<T, RULE>({r, t.D[i], t.A[i], t.logp[i], t.aux[i], t.s[i]}, p);
+    t.grad[i] = saturate(t.a[i] * t.valid[i] * t.w[i] * saturate(out.grad), limit);
+  }
+}
+FCA_LEAF((typename T, Rule RULE), (T, RULE), void, sequence_pull_tile,
+         (Tokens<T> & t, const Settings& settings, int64_t n), (t, settings, n))
+
 // The token equations, their aggregation weight and what the statistics sum.
-template <typename T, TokenRule RULE, bool SEQUENCE>
+template <typename T, Rule RULE>
 FCA_INLINE void token_tile_body(Tokens<T>& t, const Settings& settings, int64_t n) {
-  const Bounds<T> bound = {static_cast<T>(settings.low), static_cast<T>(settings.high), static_cast<T>(settings.dual),
-                           static_cast<T>(settings.cap)};
+  const RuleScalars<T> p = rule_scalars<T>(settings);
   const T limit = token_limit<T>(settings);
   for (int64_t i = 0; i < n; ++i) {
     const T D = t.D[i], A = t.A[i], valid = t.valid[i];
     const T token_ratio = exp_clamped(clamp_log_ratio(D));
-    const T r = SEQUENCE ? exp_clamped(clamp_log_ratio(t.s[i])) : token_ratio;
-    const Token<T> token = RULE == TokenRule::CISPO ? cispo_token(r, A, t.logp[i], bound) : ppo_token(r, A, bound);
+    const T r = has_sequence_ratio(RULE) ? exp_clamped(clamp_log_ratio(t.s[i])) : token_ratio;
+    const Token<T> out = token<T, RULE>({r, D, A, t.logp[i], t.aux[i], t.s[i]}, p);
     const T a = t.a[i] * valid, aw = a * t.w[i];
-    t.loss[i] = saturate(aw * saturate(token.loss), limit);
-    t.grad[i] = saturate(aw * saturate(token.grad), limit);
-    t.low[i] = token.clipped_low * valid;
-    t.high[i] = token.clipped_high * valid;
-    t.dual[i] = token.clipped_dual * valid;
+    t.loss[i] = saturate(aw * saturate(out.loss), limit);
+    t.grad[i] = has_sequence_ratio(RULE) ? t.pull[i] * (valid * out.keep) : saturate(aw * saturate(out.grad), limit);
+    t.low[i] = out.clipped_low * valid;
+    t.high[i] = out.clipped_high * valid;
+    t.dual[i] = out.clipped_dual * valid;
     const T mass = saturate(a * r * select(A < T(0), -A, A));
     t.total[i] = mass;
-    t.suppressed[i] = select(token.grad == T(0), mass, T(0));
+    t.suppressed[i] = select(out.grad * out.keep == T(0), mass, T(0));
     t.k1[i] = -D;
     t.k2[i] = saturate(T(0.5) * D * D);
     t.k3[i] = exp_beyond_linear(D, token_ratio) * valid;
     t.r[i] = r;
   }
 }
-FCA_LEAF((typename T, TokenRule RULE, bool SEQUENCE), (T, RULE, SEQUENCE), void, token_tile,
-         (Tokens<T> & t, const Settings& settings, int64_t n), (t, settings, n))
+FCA_LEAF((typename T, Rule RULE), (T, RULE), void, token_tile, (Tokens<T> & t, const Settings& settings, int64_t n),
+         (t, settings, n))
 
 // The KL term is added to what the tile holds; it takes the aggregation weight but not the rollout weight w.
 template <typename T, KlEstimator KL>
@@ -202,6 +260,18 @@ void add_kl(Tokens<T>& t, const Settings& settings, int64_t n) {
   }
 }
 
+// The entropy bonus, as the KL term; its gradient with respect to the entropy goes to `grad_entropy`.
+template <typename T>
+FCA_INLINE void add_entropy_tile_body(Tokens<T>& t, const Settings& settings, int64_t n) {
+  const T coef = static_cast<T>(settings.entropy_coef), limit = token_limit<T>(settings);
+  for (int64_t i = 0; i < n; ++i) {
+    t.grad_entropy[i] = -coef * (t.a[i] * t.valid[i]);
+    t.loss[i] = saturate(t.loss[i] + saturate(t.grad_entropy[i] * saturate(t.H[i])), limit);
+  }
+}
+FCA_LEAF((typename T), (T), void, add_entropy_tile, (Tokens<T> & t, const Settings& settings, int64_t n),
+         (t, settings, n))
+
 // Least and greatest ratio of the valid tokens.
 template <typename T>
 FCA_INLINE void ratio_range_body(const T* __restrict r, const T* __restrict valid, int64_t n, double* least,
@@ -223,120 +293,218 @@ FCA_INLINE void ratio_range_body(const T* __restrict r, const T* __restrict vali
 FCA_LEAF((typename T), (T), void, ratio_range, (const T* r, const T* valid, int64_t n, double* least, double* greatest),
          (r, valid, n, least, greatest))
 
+template <typename T>
+FCA_INLINE void ratio_tile_body(Tokens<T>& t, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) t.r[i] = exp_clamped(clamp_log_ratio(t.D[i]));
+}
+FCA_LEAF((typename T), (T), void, ratio_tile, (Tokens<T> & t, int64_t n), (t, n))
+
+// BAPO's balance: max(r, low) |A| of losses or min(r, high) A of gains.
+template <typename T, bool HIGH>
+FCA_INLINE void bound_tile_body(const Tokens<T>& t, T bound, T* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const T r = t.r[i], A = t.A[i];
+    const T gain = select(A > T(0), A, T(0)), harm = select(A < T(0), -A, T(0));
+    out[i] = HIGH ? saturate(select(r > bound, bound, r) * gain) : saturate(select(r < bound, bound, r) * harm);
+  }
+}
+FCA_LEAF((typename T, bool HIGH), (T, HIGH), void, bound_tile, (const Tokens<T>& t, T bound, T* out, int64_t n),
+         (t, bound, out, n))
+
+template <Rule RULE>
+using RuleTag = std::integral_constant<Rule, RULE>;
+
+// Calls the function with the rule as a compile-time constant: the only place that goes from number to template.
+template <typename F>
+void with_rule(Rule rule, F function) {
+  switch (rule) {
+#define FCA_CASE(NAME) \
+  case Rule::NAME:     \
+    return function(RuleTag<Rule::NAME>());
+    FCA_CASE(PPO)
+    FCA_CASE(CISPO)
+    FCA_CASE(SAPO)
+    FCA_CASE(GPG)
+    FCA_CASE(DRO)
+    FCA_CASE(DPPO_TV)
+    FCA_CASE(DPPO_KL)
+    FCA_CASE(GPPO)
+    FCA_CASE(DCPO)
+    FCA_CASE(ASPO)
+    FCA_CASE(PPO_EWMA)
+    FCA_CASE(KL_COV)
+    FCA_CASE(CLIP_COV)
+    FCA_CASE(VESPO)
+    FCA_CASE(GSPO)
+    FCA_CASE(GMPO)
+#undef FCA_CASE
+  }
+}
+
+// Reading the tokens of a call, in tiles.
+template <typename T>
+class Reader {
+ public:
+  explicit Reader(const Inputs& inputs) : in_(inputs) {}
+
+  void read(Tokens<T>& t, int64_t row, int64_t col, int64_t n) const {
+    load(t, n, [&](const Matrix& m, T* tile) { read_tokens(m, row, col, n, tile); });
+    for (int64_t i = 0; in_.mask && i < n; ++i)
+      t.valid[i] = in_.mask[row * in_.mask_row + (col + i) * in_.mask_col] ? T(1) : T(0);
+    classify_tile<T>(t, n);
+  }
+
+  // Tokens of a packed row by their columns; consecutive ones, as a sorted packing has, are read as such.
+  void gather(Tokens<T>& t, const int64_t* cols, int64_t n) const {
+    if (cols[n - 1] - cols[0] == n - 1) return read(t, 0, cols[0], n);
+    load(t, n, [&](const Matrix& m, T* tile) { gather_tokens(m, cols, n, tile); });
+    for (int64_t i = 0; in_.mask && i < n; ++i) t.valid[i] = in_.mask[cols[i] * in_.mask_col] ? T(1) : T(0);
+    classify_tile<T>(t, n);
+  }
+
+ private:
+  template <typename Load>
+  void load(Tokens<T>& t, int64_t n, Load matrix) const {
+    matrix(in_.logp, t.logp);
+    matrix(in_.old_logp, t.old_logp);
+    matrix(in_.advantages, t.A);
+    optional(in_.weights, t.w, T(1), n, matrix);
+    optional(in_.aux, t.aux, T(0), n, matrix);
+    optional(in_.ref_logp, t.ref, T(0), n, matrix);
+    optional(in_.entropy, t.H, T(0), n, matrix);
+    std::fill_n(t.valid, n, T(1));
+  }
+
+  template <typename Load>
+  static void optional(const Matrix& m, T* tile, T absent, int64_t n, Load matrix) {
+    if (m.data) {
+      matrix(m, tile);
+    } else {
+      std::fill_n(tile, n, absent);
+    }
+  }
+
+  const Inputs& in_;
+};
+
 struct Unit {
   int64_t row, begin, end;
 };
+
+std::vector<Unit> units_of(const Inputs& in) {
+  std::vector<Unit> units;
+  for (int64_t row = 0; row < in.rows; ++row) {
+    for (int64_t begin = 0; begin < in.cols; begin += kUnit)
+      units.push_back({row, begin, std::min(begin + kUnit, in.cols)});
+  }
+  return units;
+}
+
+int64_t grain(int64_t tokens_each) { return std::max<int64_t>(1, 8192 / std::max<int64_t>(1, tokens_each)); }
 
 template <typename T>
 class Objective {
  public:
   Objective(const Inputs& inputs, const Settings& settings, int64_t sequences)
-      : in_(inputs), set_(settings), length_(sequences), mean_(sequences), sum_grad_(sequences) {
-    for (int64_t row = 0; row < in_.rows; ++row) {
-      for (int64_t begin = 0; begin < in_.cols; begin += kUnit) {
-        units_.push_back({row, begin, std::min(begin + kUnit, in_.cols)});
-      }
-    }
+      : in_(inputs), set_(settings), reader_(inputs), sequences_(sequences), units_(units_of(inputs)) {
     partial_.assign(units_.size() * (kStats + 1), 0.0);
   }
 
-  // Returns the unscaled loss sum; `grad` (may be null) receives the unscaled gradient, `stats` the unscaled sums.
-  double run(T* grad, double* stats) {
-    if (needs_sequences()) gather_sequences();
-    const int64_t n = static_cast<int64_t>(units_.size());
-    torch::stable::parallel_for(0, n, grain(), [&](int64_t first, int64_t last) {
-      for (int64_t u = first; u < last; ++u) token_pass(u, grad);
+  // Returns the unscaled loss sum; `grad` and `grad_entropy` (may be null) receive the unscaled gradients, `stats` the
+  // unscaled sums.
+  double run(T* grad, T* grad_entropy, double* stats) {
+    with_rule(set_.rule, [&](auto rule) {
+      constexpr Rule RULE = decltype(rule)::value;
+      if (needs_sequence(RULE) || set_.aggregation == Aggregation::SEQUENCE_MEAN) {
+        length_.assign(sequences_, 1.0);
+        log_ratio_.assign(sequences_, 0.0);
+        pull_.assign(sequences_, 0.0);
+        torch::stable::parallel_for(0, sequences_,
+                                    grain(in_.offsets ? in_.cols / std::max<int64_t>(1, sequences_) : in_.cols),
+                                    [&](int64_t first, int64_t last) {
+                                      std::vector<Tokens<T>> scratch(1);
+                                      for (int64_t k = first; k < last; ++k)
+                                        sequence_pass<RULE>(scratch[0], k, grad != nullptr);
+                                    });
+      }
+      torch::stable::parallel_for(0, static_cast<int64_t>(units_.size()), grain(std::min(kUnit, in_.cols)),
+                                  [&](int64_t first, int64_t last) {
+                                    std::vector<Tokens<T>> scratch(1);
+                                    for (int64_t u = first; u < last; ++u)
+                                      token_pass<RULE>(scratch[0], u, grad, grad_entropy);
+                                  });
     });
-    if (set_.sequence_ratio && grad != nullptr) spread_sequence_grad(grad);
     return fold(stats);
   }
 
-  double valid_tokens() const { return valid_tokens_; }
-
  private:
-  bool needs_sequences() const { return set_.sequence_ratio || set_.aggregation == Aggregation::SEQUENCE_MEAN; }
-  int64_t grain() const { return std::max<int64_t>(1, 8192 / std::max<int64_t>(1, std::min(kUnit, in_.cols))); }
-  int64_t sequence_of(int64_t row, int64_t col) const {
-    return in_.sequence_ids ? in_.sequence_ids[col * in_.sequence_stride] : row;
-  }
-
-  void read(Tokens<T>& t, int64_t row, int64_t col, int64_t n) const {
-    read_tokens(in_.logp, row, col, n, t.logp);
-    read_tokens(in_.old_logp, row, col, n, t.old_logp);
-    read_tokens(in_.advantages, row, col, n, t.A);
-    std::fill_n(t.w, n, T(1));
-    std::fill_n(t.ref, n, T(0));
-    if (in_.weights.data) read_tokens(in_.weights, row, col, n, t.w);
-    if (in_.ref_logp.data) read_tokens(in_.ref_logp, row, col, n, t.ref);
-    if (in_.mask) {
-      const uint8_t* mask = in_.mask + row * in_.mask_row + col * in_.mask_col;
-      for (int64_t i = 0; i < n; ++i) t.valid[i] = mask[i * in_.mask_col] ? T(1) : T(0);
-    } else {
-      std::fill(t.valid, t.valid + n, T(1));
+  // Calls `visit` on each tile of a sequence.
+  template <typename Visit>
+  void visit_sequence(Tokens<T>& t, int64_t sequence, Visit visit) const {
+    const int64_t begin = in_.offsets ? in_.offsets[sequence] : 0,
+                  end = in_.offsets ? in_.offsets[sequence + 1] : in_.cols;
+    for (int64_t i = begin; i < end; i += kTokens) {
+      const int64_t n = std::min(kTokens, end - i);
+      if (in_.offsets) {
+        reader_.gather(t, in_.order + i, n);
+      } else {
+        reader_.read(t, sequence, i, n);
+      }
+      visit(n);
     }
-    classify_tile<T>(t, n);
   }
 
-  // Length and mean log-ratio of each sequence: rows in parallel, a packed row in order.
-  void gather_sequences() {
-    torch::stable::parallel_for(0, in_.rows, std::max<int64_t>(1, 8192 / std::max<int64_t>(1, in_.cols)),
-                                [&](int64_t first, int64_t last) {
-                                  std::vector<Tokens<T>> scratch(1);
-                                  Tokens<T>& t = scratch[0];
-                                  for (int64_t row = first; row < last; ++row) {
-                                    for (int64_t col = 0; col < in_.cols; col += kTokens) {
-                                      const int64_t n = std::min(kTokens, in_.cols - col);
-                                      read(t, row, col, n);
-                                      if (in_.sequence_ids == nullptr) {
-                                        length_[row] += sum_tile<T>(t.valid, n);
-                                        mean_[row] += sum_tile<T>(t.D, n);
-                                      } else {
-                                        for (int64_t i = 0; i < n; ++i) {
-                                          const int64_t sequence = sequence_of(row, col + i);
-                                          length_[sequence] += t.valid[i];
-                                          mean_[sequence] += t.D[i];
-                                        }
-                                      }
-                                    }
-                                  }
-                                });
-    for (size_t i = 0; i < length_.size(); ++i) {
-      length_[i] = std::max(length_[i], 1.0);
-      mean_[i] /= length_[i];
+  T weight_of(int64_t sequence) const {
+    return set_.aggregation == Aggregation::SEQUENCE_MEAN ? static_cast<T>(1.0 / length_[sequence]) : T(1);
+  }
+
+  template <Rule RULE>
+  void sequence_pass(Tokens<T>& t, int64_t sequence, bool want_pull) {
+    double count = 0, sum = 0;
+    visit_sequence(t, sequence, [&](int64_t n) {
+      count += sum_tile<T>(t.valid, n);
+      if (!needs_sequence(RULE)) return;
+      sequence_term_tile<T, RULE>(t, set_, n);
+      sum += sum_tile<T>(t.grad, n);
+    });
+    length_[sequence] = std::max(count, 1.0);
+    log_ratio_[sequence] = has_sequence_ratio(RULE) ? sum / length_[sequence] : sum;
+    if constexpr (has_sequence_ratio(RULE)) {
+      if (!want_pull) return;
+      std::fill_n(t.s, kTokens, static_cast<T>(log_ratio_[sequence]));
+      std::fill_n(t.a, kTokens, weight_of(sequence));
+      double pull = 0;
+      visit_sequence(t, sequence, [&](int64_t n) {
+        sequence_pull_tile<T, RULE>(t, set_, n);
+        pull += sum_tile<T>(t.grad, n);
+      });
+      pull_[sequence] = pull / length_[sequence];
     }
   }
 
   void sequence_scalars(Tokens<T>& t, int64_t row, int64_t col, int64_t n) const {
-    const bool mean = set_.aggregation == Aggregation::SEQUENCE_MEAN;
-    if (in_.sequence_ids == nullptr) {
-      std::fill(t.a, t.a + n, mean ? static_cast<T>(1.0 / length_[row]) : T(1));
-      if (set_.sequence_ratio) std::fill(t.s, t.s + n, static_cast<T>(mean_[row]));
+    if (length_.empty()) {
+      std::fill_n(t.a, n, T(1));
       return;
     }
     for (int64_t i = 0; i < n; ++i) {
-      const int64_t sequence = sequence_of(row, col + i);
-      t.a[i] = mean ? static_cast<T>(1.0 / length_[sequence]) : T(1);
-      if (set_.sequence_ratio) t.s[i] = static_cast<T>(mean_[sequence]);
+      const int64_t sequence = in_.sequence_ids ? in_.sequence_ids[(col + i) * in_.sequence_stride] : row;
+      t.a[i] = weight_of(sequence);
+      t.s[i] = static_cast<T>(log_ratio_[sequence]);
+      t.pull[i] = static_cast<T>(pull_[sequence]);
     }
   }
 
-  void token_pass(int64_t u, T* grad) {
+  template <Rule RULE>
+  void token_pass(Tokens<T>& t, int64_t u, T* grad, T* grad_entropy) {
     const Unit& unit = units_[u];
     double* sum = partial_.data() + u * (kStats + 1);
     sum[RATIO_MIN] = std::numeric_limits<double>::max();
-    Tokens<T> t;
-    const bool referenced = in_.ref_logp.data != nullptr;
     for (int64_t col = unit.begin; col < unit.end; col += kTokens) {
       const int64_t n = std::min(kTokens, unit.end - col);
-      read(t, unit.row, col, n);
+      reader_.read(t, unit.row, col, n);
       sequence_scalars(t, unit.row, col, n);
-      if (set_.sequence_ratio) {
-        token_tile<T, TokenRule::PPO, true>(t, set_, n);
-      } else if (set_.rule == TokenRule::CISPO) {
-        token_tile<T, TokenRule::CISPO, false>(t, set_, n);
-      } else {
-        token_tile<T, TokenRule::PPO, false>(t, set_, n);
-      }
+      token_tile<T, RULE>(t, set_, n);
       const T* const summed[] = {t.valid, t.low, t.high, t.dual, t.suppressed, t.total, t.k1, t.k2, t.k3};
       for (int64_t k = 0; k <= KL_K3; ++k) sum[k] += sum_tile<T>(summed[k], n);
       for (int64_t i = 0; i < n; ++i) t.total[i] = t.valid[i] * t.r[i];
@@ -347,46 +515,16 @@ class Objective {
       sum[RATIO_MIN] = std::min(sum[RATIO_MIN], least);
       sum[RATIO_MAX] = std::max(sum[RATIO_MAX], greatest);
       sum[NONFINITE] += sum_tile<T>(t.bad, n);
-      T* out = grad == nullptr ? nullptr : grad + unit.row * in_.cols + col;
-      // With a sequence ratio `out` first holds each token's part of its sequence's sum, without the KL term.
-      if (out && set_.sequence_ratio) std::copy(t.grad, t.grad + n, out);
-      if (referenced) add_kl(t, set_, n);
-      if (out && !set_.sequence_ratio) std::copy(t.grad, t.grad + n, out);
+      if (in_.ref_logp.data) add_kl(t, set_, n);
+      if (in_.entropy.data) add_entropy_tile<T>(t, set_, n);
+      const int64_t at = unit.row * in_.cols + col;
+      if (grad) std::copy(t.grad, t.grad + n, grad + at);
+      if (grad_entropy) std::copy(t.grad_entropy, t.grad_entropy + n, grad_entropy + at);
       sum[kStats] += sum_tile<T>(t.loss, n);
     }
   }
 
-  // Sequence ratio: every token's gradient is the sum over its sequence of a w g, over the length, plus its KL term.
-  void spread_sequence_grad(T* grad) {
-    const int64_t n = in_.rows;
-    torch::stable::parallel_for(
-        0, n, std::max<int64_t>(1, 8192 / std::max<int64_t>(1, in_.cols)), [&](int64_t first, int64_t last) {
-          std::vector<Tokens<T>> scratch(1);
-          Tokens<T>& t = scratch[0];
-          for (int64_t row = first; row < last; ++row) {
-            T* out = grad + row * in_.cols;
-            for (int64_t col = 0; col < in_.cols; ++col) {
-              sum_grad_[sequence_of(row, col)] += static_cast<double>(out[col]);
-            }
-            for (int64_t col = 0; col < in_.cols; col += kTokens) {
-              const int64_t size = std::min(kTokens, in_.cols - col);
-              read(t, row, col, size);
-              for (int64_t i = 0; i < size; ++i) {
-                const int64_t sequence = sequence_of(row, col + i);
-                t.grad[i] = static_cast<T>(sum_grad_[sequence] / length_[sequence]) * t.valid[i];
-              }
-              if (in_.ref_logp.data) {
-                std::fill(t.loss, t.loss + size, T(0));
-                sequence_scalars(t, row, col, size);
-                add_kl(t, set_, size);
-              }
-              std::copy(t.grad, t.grad + size, out + col);
-            }
-          }
-        });
-  }
-
-  double fold(double* stats) {
+  double fold(double* stats) const {
     for (int64_t k = 0; k < kStats; ++k) stats[k] = 0;
     stats[RATIO_MIN] = std::numeric_limits<float>::max();
     double loss = 0;
@@ -402,35 +540,37 @@ class Objective {
       }
       loss += sum[kStats];
     }
-    valid_tokens_ = stats[TOKENS];
     return loss;
   }
 
   const Inputs& in_;
   const Settings& set_;
-  std::vector<double> length_, mean_, sum_grad_;
-  std::vector<Unit> units_;
+  const Reader<T> reader_;
+  const int64_t sequences_;
+  std::vector<double> length_, log_ratio_, pull_;  // of each sequence; empty where no one reads them
+  const std::vector<Unit> units_;
   std::vector<double> partial_;
-  double valid_tokens_ = 0;
 };
 
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
 template <typename T>
-std::tuple<Tensor, Tensor, Tensor, Tensor> run(const Inputs& in, const Settings& settings, int64_t sequences,
-                                               double normalizer, bool want_grad) {
+Results run(const Inputs& in, const Settings& settings, int64_t sequences, bool want_grad) {
   constexpr ScalarType dtype = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
+  const bool want_entropy = want_grad && in.entropy.data != nullptr;
   Tensor grad = torch::stable::empty({want_grad ? in.rows : 0, want_grad ? in.cols : 0}, dtype);
+  Tensor grad_entropy = torch::stable::empty({want_entropy ? in.rows : 0, want_entropy ? in.cols : 0}, dtype);
   Tensor loss = torch::stable::empty({}, dtype), scale = torch::stable::empty({}, dtype);
   Tensor stats = torch::stable::empty({kStats}, ScalarType::Float);
 
   Objective<T> objective(in, settings, sequences);
   double sums[kStats];
-  const double total = objective.run(want_grad ? mutable_data<T>(grad) : nullptr, sums);
+  const double total = objective.run(want_grad ? mutable_data<T>(grad) : nullptr,
+                                     want_entropy ? mutable_data<T>(grad_entropy) : nullptr, sums);
 
-  double count = normalizer;
-  if (!(normalizer > 0)) {
-    count = settings.aggregation == Aggregation::TOKEN_MEAN ? objective.valid_tokens() : static_cast<double>(sequences);
-  }
-  const double factor = 1.0 / (normalizer > 0 ? count : std::max(count, 1.0));
+  const double counted =
+      settings.aggregation == Aggregation::TOKEN_MEAN ? sums[TOKENS] : static_cast<double>(sequences);
+  const double factor = 1.0 / (settings.normalizer > 0 ? settings.normalizer : std::max(counted, 1.0));
   sums[SUPPRESSED_MASS] *= factor;
   sums[TOTAL_MASS] *= factor;
   const double most = std::numeric_limits<float>::max();
@@ -440,17 +580,56 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run(const Inputs& in, const Settings&
   const double bound = static_cast<double>(std::numeric_limits<T>::max());
   *mutable_data<T>(loss) = static_cast<T>(std::clamp(total * factor, -bound, bound));
   *mutable_data<T>(scale) = static_cast<T>(factor);
-  return {loss, grad, scale, stats};
+  return {loss, grad, grad_entropy, scale, stats};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(const Tensor& logp, const Tensor& old_logp,
-                                                       const Tensor& advantages, std::optional<Tensor> mask,
-                                                       std::optional<Tensor> weights, std::optional<Tensor> ref_logp,
-                                                       std::optional<Tensor> sequence_ids, int64_t num_sequences,
-                                                       int64_t token_rule, bool sequence_ratio, double low, double high,
-                                                       double dual, double cap, int64_t aggregation, double normalizer,
-                                                       double kl_coef, int64_t kl_estimator, bool want_grad) {
+void set_mask(Inputs& in, const std::optional<Tensor>& mask) {
+  if (!mask) return;
+  check(mask->scalar_type() == ScalarType::Bool, "mask must be bool");
+  check(mask->dim() == 2 && mask->size(0) == in.rows && mask->size(1) == in.cols, "mask must be [", in.rows, ", ",
+        in.cols, "]");
+  in.mask = static_cast<const uint8_t*>(mask->const_data_ptr());
+  in.mask_row = mask->stride(0);
+  in.mask_col = mask->stride(1);
+}
+
+void set_sequences(Inputs& in, const std::optional<Tensor>& ids, const std::optional<Tensor>& order,
+                   const std::optional<Tensor>& offsets, int64_t num_sequences) {
+  if (!ids) return;
+  check(in.rows == 1 && order && offsets, "sequence_ids need packed input, sequence_order and sequence_offsets");
+  check(ids->scalar_type() == ScalarType::Long && ids->dim() == 1 && ids->numel() == in.cols,
+        "sequence_ids must be int64 [", in.cols, "] beside packed input");
+  check_buffer(*order, ScalarType::Long, in.cols, "sequence_order");
+  check_buffer(*offsets, ScalarType::Long, num_sequences + 1, "sequence_offsets");
+  in.sequence_ids = static_cast<const int64_t*>(ids->const_data_ptr());
+  in.sequence_stride = ids->stride(0);
+  in.order = const_data<int64_t>(*order);
+  in.offsets = const_data<int64_t>(*offsets);
+  for (int64_t i = 0; i < in.cols; ++i) {
+    const int64_t id = in.sequence_ids[i * in.sequence_stride];
+    check(id >= 0 && id < num_sequences, "sequence_ids[", i, "] is ", id, "; accepted: 0 to ", num_sequences - 1);
+  }
+}
+
+double number_in(const Tensor& tensor) {
+  const DType dtype = floating_dtype(tensor, "normalizer");
+  check(tensor.numel() == 1 && (dtype == DType::F64 || dtype == DType::F32),
+        "normalizer must be one float32 or float64");
+  return dtype == DType::F64 ? *const_data<double>(tensor) : static_cast<double>(*const_data<float>(tensor));
+}
+
+Results policy_loss(const Tensor& logp, const Tensor& old_logp, const Tensor& advantages, std::optional<Tensor> mask,
+                    std::optional<Tensor> weights, std::optional<Tensor> aux, std::optional<Tensor> ref_logp,
+                    std::optional<Tensor> entropy, std::optional<Tensor> sequence_ids,
+                    std::optional<Tensor> sequence_order, std::optional<Tensor> sequence_offsets, int64_t num_sequences,
+                    int64_t rule, std::vector<double> scalars, std::optional<Tensor> bounds, int64_t aggregation,
+                    double normalizer, std::optional<Tensor> normalizer_tensor, double kl_coef, int64_t kl_estimator,
+                    double entropy_coef, bool want_grad) {
   check(logp.dim() == 2, "logp must be [rows, cols]");
+  check(rule >= 0 && rule < kRules, "rule is ", rule, "; accepted: 0 to ", kRules - 1);
+  check(aggregation >= 0 && aggregation <= 3, "aggregation is ", aggregation, "; accepted: 0 to 3");
+  check(kl_estimator >= 0 && kl_estimator <= 4, "kl_estimator is ", kl_estimator, "; accepted: 0 to 4");
+  check(scalars.size() == 8, "scalars must be 8 numbers, got ", scalars.size());
   Inputs in;
   in.rows = logp.size(0);
   in.cols = logp.size(1);
@@ -458,42 +637,83 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(const Tensor& logp, const
   in.old_logp = matrix(old_logp, logp, "old_logp");
   in.advantages = matrix(advantages, logp, "advantages");
   in.weights = matrix(weights, logp, "weights");
+  in.aux = matrix(aux, logp, "aux");
   in.ref_logp = matrix(ref_logp, logp, "ref_logp");
-  if (mask) {
-    check(mask->scalar_type() == ScalarType::Bool, "mask must be bool");
-    check(mask->dim() == 2 && mask->size(0) == in.rows && mask->size(1) == in.cols, "mask must be [", in.rows, ", ",
-          in.cols, "]");
-    in.mask = static_cast<const uint8_t*>(mask->const_data_ptr());
-    in.mask_row = mask->stride(0);
-    in.mask_col = mask->stride(1);
+  in.entropy = matrix(entropy, logp, "entropy");
+  set_mask(in, mask);
+  set_sequences(in, sequence_ids, sequence_order, sequence_offsets, num_sequences);
+  if (bounds) {
+    check_buffer(*bounds, ScalarType::Double, 2, "bounds");
+    scalars[0] = const_data<double>(*bounds)[0];
+    scalars[1] = const_data<double>(*bounds)[1];
   }
-  if (sequence_ids) {
-    check(sequence_ids->scalar_type() == ScalarType::Long && sequence_ids->dim() == 1 && in.rows == 1 &&
-              sequence_ids->numel() == in.cols,
-          "sequence_ids must be int64 [", in.cols, "] beside packed input");
-    in.sequence_ids = static_cast<const int64_t*>(sequence_ids->const_data_ptr());
-    in.sequence_stride = sequence_ids->stride(0);
-    for (int64_t i = 0; i < in.cols; ++i) {
-      const int64_t id = in.sequence_ids[i * in.sequence_stride];
-      check(id >= 0 && id < num_sequences, "sequence_ids[", i, "] is ", id, "; accepted: 0 to ", num_sequences - 1);
-    }
+  const Settings settings = {
+      static_cast<Rule>(rule),
+      {scalars[0], scalars[1], scalars[2], scalars[3], scalars[4], scalars[5], scalars[6], scalars[7]},
+      kl_coef,
+      entropy_coef,
+      normalizer_tensor ? number_in(*normalizer_tensor) : normalizer,
+      static_cast<KlEstimator>(kl_estimator),
+      static_cast<Aggregation>(aggregation)};
+  return in.logp.dtype == DType::F64 ? run<double>(in, settings, num_sequences, want_grad)
+                                     : run<float>(in, settings, num_sequences, want_grad);
+}
+
+template <typename T>
+void add_bound_sums(const Inputs& in, const std::vector<double>& lows, const std::vector<double>& highs, double* out) {
+  const Reader<T> reader(in);
+  const std::vector<Unit> units = units_of(in);
+  const int64_t low_count = static_cast<int64_t>(lows.size()), count = low_count + static_cast<int64_t>(highs.size());
+  std::vector<double> partial(units.size() * count, 0.0);
+  torch::stable::parallel_for(0, static_cast<int64_t>(units.size()), grain(std::min(kUnit, in.cols)),
+                              [&](int64_t first, int64_t last) {
+                                std::vector<Tokens<T>> scratch(1);
+                                Tokens<T>& t = scratch[0];
+                                for (int64_t u = first; u < last; ++u) {
+                                  for (int64_t col = units[u].begin; col < units[u].end; col += kTokens) {
+                                    const int64_t n = std::min(kTokens, units[u].end - col);
+                                    reader.read(t, units[u].row, col, n);
+                                    ratio_tile<T>(t, n);
+                                    for (int64_t k = 0; k < count; ++k) {
+                                      if (k < low_count) {
+                                        bound_tile<T, false>(t, static_cast<T>(lows[k]), t.loss, n);
+                                      } else {
+                                        bound_tile<T, true>(t, static_cast<T>(highs[k - low_count]), t.loss, n);
+                                      }
+                                      partial[u * count + k] += sum_tile<T>(t.loss, n);
+                                    }
+                                  }
+                                }
+                              });
+  for (size_t i = 0; i < partial.size(); ++i) out[i % count] += partial[i];
+}
+
+Tensor bound_sums(const Tensor& logp, const Tensor& old_logp, const Tensor& advantages, std::optional<Tensor> mask,
+                  std::vector<double> lows, std::vector<double> highs) {
+  check(logp.dim() == 2, "logp must be [rows, cols]");
+  Inputs in;
+  in.rows = logp.size(0);
+  in.cols = logp.size(1);
+  in.logp = matrix(logp, logp, "logp");
+  in.old_logp = matrix(old_logp, logp, "old_logp");
+  in.advantages = matrix(advantages, logp, "advantages");
+  set_mask(in, mask);
+  const int64_t count = static_cast<int64_t>(lows.size() + highs.size());
+  Tensor out = torch::stable::empty({count}, ScalarType::Double);
+  double* sums = mutable_data<double>(out);
+  std::fill_n(sums, count, 0.0);
+  if (in.logp.dtype == DType::F64) {
+    add_bound_sums<double>(in, lows, highs, sums);
+  } else {
+    add_bound_sums<float>(in, lows, highs, sums);
   }
-  const int64_t sequences = sequence_ids ? num_sequences : in.rows;
-  const Settings settings = {static_cast<TokenRule>(token_rule),
-                             sequence_ratio,
-                             low,
-                             high,
-                             dual,
-                             cap,
-                             kl_coef,
-                             normalizer,
-                             static_cast<KlEstimator>(kl_estimator),
-                             static_cast<Aggregation>(aggregation)};
-  return in.logp.dtype == DType::F64 ? run<double>(in, settings, sequences, normalizer, want_grad)
-                                     : run<float>(in, settings, sequences, normalizer, want_grad);
+  return out;
 }
 
 }  // namespace
 }  // namespace fca
 
-STABLE_TORCH_LIBRARY_IMPL(fused_clip_adam, CPU, m) { m.impl("policy_loss", TORCH_BOX(&fca::policy_loss)); }
+STABLE_TORCH_LIBRARY_IMPL(fused_clip_adam, CPU, m) {
+  m.impl("policy_loss", TORCH_BOX(&fca::policy_loss));
+  m.impl("bound_sums", TORCH_BOX(&fca::bound_sums));
+}

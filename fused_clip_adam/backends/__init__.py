@@ -1,8 +1,8 @@
 """Which code runs a step or an objective: one table, one function that chooses.
 
 A backend of the step is a module with `tensor_table`, `place`, `grad_square_sums`, `prologue`, `update_`, the phases of
-a step, see optimizer.py; one of the objectives has `policy_loss`. Their arguments and buffers are described in
-reference_step.py and reference_objective.py.
+a step, see optimizer.py; one of the objectives has `policy_loss`, `bound_sums`, `logits_forward`, `logits_backward`.
+Their arguments and buffers are described in reference_step.py and reference_objective.py.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ from types import ModuleType
 
 NAMES = ("auto", "cpu", "cuda", "triton", "reference")
 
-_MODULES = {"cpu": "native", "cuda": "cuda", "triton": "triton_step", "reference": "reference"}
+_STEP = {"cpu": "native", "cuda": "cuda", "triton": "triton_step", "reference": "reference"}
+_OBJECTIVE = {"cpu": "native", "cuda": "cuda_objective", "triton": "triton_objective", "reference": "reference"}
 
-STEP_DEVICES = {
+DEVICES = {
     "cpu": ("cpu",),
     "cuda": ("cuda",),
     "triton": ("cuda",),
     "reference": ("cpu", "cuda", "any other torch device"),
 }
-"""The devices on which each backend runs the optimizer; the README's support table is tested against it."""
+"""The devices on which each backend runs; the README's support table is tested against it."""
 
 
-def _module(name: str) -> ModuleType:
+def _module(name: str, modules: dict[str, str] = _STEP) -> ModuleType:
     """Imported when first asked for: Triton takes a second to import, and loading a library can fail."""
-    return importlib.import_module(f"fused_clip_adam.backends.{_MODULES[name]}")
+    return importlib.import_module(f"fused_clip_adam.backends.{modules[name]}")
 
 
 def _unavailable(name: str) -> str:
@@ -54,7 +55,17 @@ def _say_once(sentence: str) -> None:
 
 
 def choose_step(backend: str, device_type: str) -> ModuleType:
-    """The module that runs the optimizer for tensors on a device.
+    """The module that runs the optimizer for tensors on a device; see `_choose`."""
+    return _module(_choose(backend, device_type))
+
+
+def choose_objective(backend: str, device_type: str) -> ModuleType:
+    """The module that runs the objectives for tensors on a device; see `_choose`."""
+    return _module(_choose(backend, device_type), _OBJECTIVE)
+
+
+def _choose(backend: str, device_type: str) -> str:
+    """The backend for tensors on a device.
 
     "auto" takes the compiled kernels of the device, then Triton (on a GPU) or the reference, and says why once.
 
@@ -63,31 +74,15 @@ def choose_step(backend: str, device_type: str) -> ModuleType:
     """
     if backend == "auto":
         return _first_available({"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton")}, device_type)
-    if device_type not in _step_devices(backend):
+    if device_type not in _devices(backend):
         raise RuntimeError(
             f'backend="{backend}" has no kernel for {device_type} tensors; accepted there: '
-            f"{', '.join(name for name in STEP_DEVICES if device_type in _step_devices(name))}"
+            f"{', '.join(name for name in DEVICES if device_type in _devices(name))}"
         )
-    return _module(backend)
+    return backend
 
 
-def choose_objective(backend: str, device_type: str) -> ModuleType:
-    """The module that runs `policy_loss` for tensors on a device; "auto" prefers compiled kernels.
-
-    Raises:
-        RuntimeError: no backend for that device under this choice; says what to ask for.
-    """
-    if backend == "reference":
-        return _module("reference")
-    if backend in ("cuda", "triton") or device_type != "cpu":
-        raise RuntimeError(
-            f'backend="{backend}" has no objective kernel for {device_type} tensors in this version; accepted there: '
-            'backend="reference" (plain torch operations, several passes over memory)'
-        )
-    return _first_available({"cpu": ("cpu", "reference")}, device_type) if backend == "auto" else _module(backend)
-
-
-def _step_devices(name: str) -> tuple[str, ...]:
+def _devices(name: str) -> tuple[str, ...]:
     """The device types of a backend here and now: test tools run GPU kernels on the CPU."""
     if name == "reference":
         return ("cpu", "cuda", "xpu", "mps", "hpu", "privateuseone")
@@ -95,10 +90,10 @@ def _step_devices(name: str) -> tuple[str, ...]:
         return _module("cuda").devices()
     if name == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
         return ("cpu",)
-    return STEP_DEVICES[name]
+    return DEVICES[name]
 
 
-def _first_available(order: dict[str, tuple[str, ...]], device_type: str) -> ModuleType:
+def _first_available(order: dict[str, tuple[str, ...]], device_type: str) -> str:
     if device_type not in order:
         raise RuntimeError(
             f'backend="auto" has no kernel for {device_type} tensors; accepted there: backend="reference" (plain torch '
@@ -109,6 +104,6 @@ def _first_available(order: dict[str, tuple[str, ...]], device_type: str) -> Mod
         if not (reason := _unavailable(name)):
             if reasons:
                 _say_once(f"fused_clip_adam: using the {name} backend, because {'; '.join(reasons)}")
-            return _module(name)
+            return name
         reasons.append(f"the {name} kernels cannot run: {reason}")
     raise RuntimeError(f'no kernel for {device_type} tensors: {"; ".join(reasons)}. backend="reference" needs none')

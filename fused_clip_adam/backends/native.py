@@ -10,7 +10,19 @@ from torch import Tensor
 
 from fused_clip_adam.backends.reference_step import Placed, place
 
-__all__ = ["Placed", "capability", "grad_square_sums", "place", "policy_loss", "prologue", "tensor_table", "update_"]
+__all__ = [
+    "Placed",
+    "bound_sums",
+    "capability",
+    "grad_square_sums",
+    "logits_backward",
+    "logits_forward",
+    "place",
+    "policy_loss",
+    "prologue",
+    "tensor_table",
+    "update_",
+]
 
 _reason = ""
 
@@ -73,3 +85,6 @@ if not _reason:
     _prologue = torch.ops.fused_clip_adam.prologue.default
     _update_ = torch.ops.fused_clip_adam.update_.default
     policy_loss = torch.ops.fused_clip_adam.policy_loss.default
+    bound_sums = torch.ops.fused_clip_adam.bound_sums.default
+    logits_forward = torch.ops.fused_clip_adam.logits_forward.default
+    logits_backward = torch.ops.fused_clip_adam.logits_backward.default

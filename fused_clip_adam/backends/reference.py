@@ -1,6 +1,16 @@
 """The reference backend: the executable specification, in plain torch, on any device and in float64 if asked."""
 
-from fused_clip_adam.backends.reference_objective import policy_loss
+from fused_clip_adam.backends.reference_objective import bound_sums, logits_backward, logits_forward, policy_loss
 from fused_clip_adam.backends.reference_step import grad_square_sums, place, prologue, tensor_table, update_
 
-__all__ = ["grad_square_sums", "place", "policy_loss", "prologue", "tensor_table", "update_"]
+__all__ = [
+    "bound_sums",
+    "grad_square_sums",
+    "logits_backward",
+    "logits_forward",
+    "place",
+    "policy_loss",
+    "prologue",
+    "tensor_table",
+    "update_",
+]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fused_clip_adam.objectives.objective import Objective, number
+from fused_clip_adam.backends import reference_objective as rules
+from fused_clip_adam.objectives.objective import Objective, number, scalars
 
 
 @dataclass(frozen=True)
@@ -13,7 +14,7 @@ class CISPO(Objective):
 
     Args:
         low: the lower bound of the ratio itself (not a distance from 1), or None for none (TRL, Liger).
-        high: the upper bound of the ratio itself.
+        high: the upper bound of the ratio itself. Default: TRL's documentation.
 
     Raises:
         ValueError: bounds out of order or out of range.
@@ -23,7 +24,7 @@ class CISPO(Objective):
 
     low: float | None = None
     high: float = 5.0
-    token_rule = 1
+    rule = rules.CISPO
 
     def __post_init__(self) -> None:
         if not 0.0 < number("CISPO: high", self.high) < float("inf"):
@@ -31,5 +32,5 @@ class CISPO(Objective):
         if self.low is not None and not 0.0 <= number("CISPO: low", self.low) <= self.high:
             raise ValueError(f"CISPO: low must be None or in [0, high], got {self.low!r}")
 
-    def bounds(self) -> tuple[float, float, float, float]:
-        return 0.0 if self.low is None else float(self.low), float(self.high), float("inf"), float("inf")
+    def scalars(self) -> tuple[float, ...]:
+        return scalars(0.0 if self.low is None else self.low, self.high)

@@ -1,10 +1,12 @@
-"""PPO, GRPO, DAPO (clip-higher), with dual clip and ratio cap."""
+"""PPO, GRPO, DAPO (clip-higher), with dual clip and ratio cap; PPO-EWMA."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from fused_clip_adam.objectives.objective import INFINITY, Objective, clip_range, number
+from fused_clip_adam.backends import reference_objective as rules
+from fused_clip_adam.objectives.objective import Inputs, Objective, between, clip_range, dual_bound, number, scalars
 
 
 @dataclass(frozen=True)
@@ -13,11 +15,14 @@ class PPO(Objective):
     where A > 0 and r > 1 + clip_high, or A < 0 and r < 1 - clip_low. Bounds are inclusive.
 
     Args:
-        clip_low, clip_high: distances of the bounds from 1; (0.2, 0.28) is DAPO's clip-higher.
+        clip_low, clip_high: distances of the bounds from 1; (0.2, 0.28) is DAPO's clip-higher. Defaults: the paper's.
         dual_clip: c > 1; for A < 0 the loss is at most -c A, and the gradient is zero where r > c.
         ratio_cap: delta; the unclipped r is replaced by min(r, delta), TRL's `delta`.
 
     The gradient where |logp - old_logp| > 20 is that of 20: an unclipped token keeps pulling back.
+
+    GRPO is this objective on `group_advantages`; Dr.GRPO on `group_advantages(scale="none")` with
+    aggregation="constant"; StarPO-S is PPO(0.2, 0.28) under the mask of `top_variance_groups`.
 
     Raises:
         ValueError: a bound out of range.
@@ -30,16 +35,50 @@ class PPO(Objective):
     clip_high: float = 0.2
     dual_clip: float | None = None
     ratio_cap: float | None = None
-    token_rule = 0
+    rule = rules.PPO
 
     def __post_init__(self) -> None:
         clip_range("PPO", self.clip_low, self.clip_high)
-        if self.dual_clip is not None and not number("PPO: dual_clip", self.dual_clip) > 1.0:
-            raise ValueError(f"PPO: dual_clip must be greater than 1, got {self.dual_clip!r}")
+        dual_bound("PPO", self.dual_clip)
         if self.ratio_cap is not None and not number("PPO: ratio_cap", self.ratio_cap) > 0.0:
             raise ValueError(f"PPO: ratio_cap must be positive, got {self.ratio_cap!r}")
 
-    def bounds(self) -> tuple[float, float, float, float]:
-        low, high = clip_range("PPO", self.clip_low, self.clip_high)
-        dual = INFINITY if self.dual_clip is None else float(self.dual_clip)
-        return low, high, dual, INFINITY if self.ratio_cap is None else float(self.ratio_cap)
+    def scalars(self) -> tuple[float, ...]:
+        return scalars(*clip_range("PPO", self.clip_low, self.clip_high), dual=self.dual_clip, cap=self.ratio_cap)
+
+
+@dataclass(frozen=True)
+class PPOEWMA(Objective):
+    """PPO whose clip is tested against an averaged policy: loss = -A min(r, max_ratio), r to the policy that sampled;
+    the gradient is -A min(r, max_ratio), or zero where A > 0 and rho > 1 + clip_high, or A < 0 and rho < 1 - clip_low,
+    rho = exp(logp - ewma_logp). The loss is not clipped.
+
+    Needs `ewma_logp=`: like logp; log-probabilities under the exponentially averaged policy.
+
+    Args:
+        clip_low, clip_high: distances of rho's bounds from 1. Defaults: the official code's.
+        max_ratio: bound of the importance ratio r. Default: the official code's.
+
+    Raises:
+        ValueError: a bound out of range; clip_low of 1, whose logarithm is infinite.
+
+    Source: Hilton et al. 2022, "Batch size-invariance for policy optimization" (arXiv 2110.00641), and its code.
+    """
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    max_ratio: float = 100.0
+    rule = rules.PPO_EWMA
+    needs = ("ewma_logp",)
+
+    def __post_init__(self) -> None:
+        clip_range("PPOEWMA", self.clip_low, self.clip_high)
+        if self.clip_low == 1.0:
+            raise ValueError("PPOEWMA: clip_low must be below 1, got 1.0")
+        between("PPOEWMA: max_ratio", self.max_ratio, 0.0)
+
+    def scalars(self) -> tuple[float, ...]:
+        return scalars(math.log1p(-self.clip_low), math.log1p(self.clip_high), cap=self.max_ratio)
+
+    def prepare(self, inputs: Inputs) -> Inputs:
+        return inputs.replace(aux=inputs.ewma_logp)

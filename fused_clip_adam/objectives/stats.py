@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, ClassVar
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 FIELDS = (
     "tokens",
@@ -23,10 +28,82 @@ FIELDS = (
 )
 """Order of the buffer; csrc/cpu/objective.cpp holds the same."""
 
-_MIN, _MAX = FIELDS.index("ratio_min"), FIELDS.index("ratio_max")
+
+class DeviceStats:
+    """Sums over tokens, and their least and greatest ratio, in one float32 buffer on the tokens' device; each name of
+    `fields` is a 0-d view of it.
+
+    A subclass sets `fields`, with "tokens", "ratio_min" and "ratio_max" among them; all others must be sums.
+    """
+
+    __slots__ = ("buffer",)
+    fields: ClassVar[tuple[str, ...]]
+
+    def __init__(self, buffer: Tensor) -> None:
+        if buffer.shape != (len(self.fields),) or buffer.dtype != torch.float32:
+            raise ValueError(
+                f"{type(self).__name__}: buffer must be float32 [{len(self.fields)}], got {buffer.dtype} "
+                f"{list(buffer.shape)}"
+            )
+        self.buffer = buffer
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name in self.fields:
+            return self.buffer[self.fields.index(name)]
+        raise AttributeError(f"{type(self).__name__} has no field {name!r}; fields: {', '.join(self.fields)}")
+
+    def __add__(self, other: Self) -> Self:
+        """Statistics of both: sums add, ratio_min and ratio_max merge. On the device."""
+        if type(other) is not type(self):
+            return NotImplemented
+        merged = (self.buffer + other.buffer).nan_to_num_()
+        merged[self.fields.index("ratio_min")] = torch.minimum(self.ratio_min, other.ratio_min)
+        merged[self.fields.index("ratio_max")] = torch.maximum(self.ratio_max, other.ratio_max)
+        return type(self)(merged)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(device={self.buffer.device})"
+
+    def __getstate__(self) -> Tensor:
+        return self.buffer
+
+    def __setstate__(self, buffer: Tensor) -> None:
+        self.buffer = buffer
+
+    def clone(self) -> Self:
+        """A copy with its own buffer."""
+        return type(self)(self.buffer.clone())
+
+    def all_reduce(self, group=None) -> Self:
+        """Merges over the ranks of a process group, in place; returns itself.
+
+        Raises:
+            RuntimeError: torch.distributed is not initialised.
+        """
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            name = type(self).__name__
+            raise RuntimeError(f"{name}.all_reduce: torch.distributed is not initialised (init_process_group)")
+        least, greatest = self.ratio_min.clone(), self.ratio_max.clone()
+        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=group)
+        dist.all_reduce(greatest, op=dist.ReduceOp.MAX, group=group)
+        self.ratio_min.zero_()
+        dist.all_reduce(self.buffer, op=dist.ReduceOp.SUM, group=group)
+        self.buffer.nan_to_num_()
+        self.ratio_min.copy_(least)
+        self.ratio_max.copy_(greatest)
+        return self
+
+    def to_dict(self) -> dict[str, float]:
+        """Python floats by field name: the only call that reads the device. Without tokens, ratio_min is 0."""
+        values = dict(zip(self.fields, self.buffer.tolist()))
+        if values["tokens"] == 0:
+            values["ratio_min"] = 0.0
+        return values
 
 
-class ClipStats:
+class ClipStats(DeviceStats):
     """Statistics of one or several calls of an objective; each name of `FIELDS` is a 0-d view of the buffer.
 
     D = logp - old_logp, r the ratio the objective clips (the sequence's for GSPO), A the advantage, a the token's
@@ -50,64 +127,5 @@ class ClipStats:
         ValueError: another shape or dtype.
     """
 
-    __slots__ = ("buffer",)
-
-    def __init__(self, buffer: Tensor) -> None:
-        if buffer.shape != (len(FIELDS),) or buffer.dtype != torch.float32:
-            raise ValueError(
-                f"ClipStats: buffer must be float32 [{len(FIELDS)}], got {buffer.dtype} {list(buffer.shape)}"
-            )
-        self.buffer = buffer
-
-    def __getattr__(self, name: str) -> Tensor:
-        if name in FIELDS:
-            return self.buffer[FIELDS.index(name)]
-        raise AttributeError(f"ClipStats has no field {name!r}; fields: {', '.join(FIELDS)}")
-
-    def __add__(self, other: ClipStats) -> ClipStats:
-        """Statistics of both: sums add, ratio_min and ratio_max merge. On the device."""
-        if not isinstance(other, ClipStats):
-            return NotImplemented
-        merged = (self.buffer + other.buffer).nan_to_num_()
-        merged[_MIN] = torch.minimum(self.ratio_min, other.ratio_min)
-        merged[_MAX] = torch.maximum(self.ratio_max, other.ratio_max)
-        return ClipStats(merged)
-
-    def __repr__(self) -> str:
-        return f"ClipStats(device={self.buffer.device})"
-
-    def __getstate__(self) -> Tensor:
-        return self.buffer
-
-    def __setstate__(self, buffer: Tensor) -> None:
-        self.buffer = buffer
-
-    def clone(self) -> ClipStats:
-        """A copy with its own buffer."""
-        return ClipStats(self.buffer.clone())
-
-    def all_reduce(self, group=None) -> ClipStats:
-        """Merges over the ranks of a process group, in place; returns itself.
-
-        Raises:
-            RuntimeError: torch.distributed is not initialised.
-        """
-        import torch.distributed as dist
-
-        if not dist.is_initialized():
-            raise RuntimeError("ClipStats.all_reduce: torch.distributed is not initialised (init_process_group)")
-        least, greatest = self.ratio_min.clone(), self.ratio_max.clone()
-        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=group)
-        dist.all_reduce(greatest, op=dist.ReduceOp.MAX, group=group)
-        self.buffer[_MIN] = 0.0
-        dist.all_reduce(self.buffer, op=dist.ReduceOp.SUM, group=group)
-        self.buffer.nan_to_num_()
-        self.buffer[_MIN], self.buffer[_MAX] = least, greatest
-        return self
-
-    def to_dict(self) -> dict[str, float]:
-        """Python floats by field name: the only call that reads the device. Without tokens, ratio_min is 0."""
-        values = dict(zip(FIELDS, self.buffer.tolist()))
-        if values["tokens"] == 0:
-            values["ratio_min"] = 0.0
-        return values
+    __slots__ = ()
+    fields = FIELDS
