@@ -374,6 +374,7 @@ def table(results: list[dict]) -> str:
                 f"{row['seconds']['p50'] * 1e3:>11.2f}  {_targets_text(targets, name)}".rstrip()
             )
         lines += [f"  {name:32}not measured: {reason}" for name, reason in result["unavailable"].items()]
+        lines += [f"  {note}" for note in result.get("notes", ())]
     return "\n".join(lines)
 
 

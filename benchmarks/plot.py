@@ -127,6 +127,7 @@ def readme_table(results: list[dict]) -> str:
         fraction = result["candidates"][result["baseline"]][STREAM_FRACTION]
         cells.append("" if fraction is None else f"{fraction['p50']:.0%}")
         lines.append(f"| {' | '.join(cells)} |")
+    lines += [f"\n{result['title']}: {note}." for result in results for note in result.get("notes", ())]
     return "\n".join(lines)
 
 

@@ -47,8 +47,8 @@ FCA_LEAF((typename T), (T), T, max_tile, (const T* x, int64_t n, T* bad), (x, n,
 
 template <typename T>
 FCA_INLINE void exp_term(T x, T m, T inv_temperature, T& sum, T& moment) {
-  const T d = clip(x * inv_temperature - m, T(kLeastLog), T(0));
-  const T e = exp_clamped(d);
+  const T away = x * inv_temperature - m, d = clip(away, T(kLeastLog), T(0));
+  const T e = select(away < T(kLeastLog), T(0), exp_clamped(d));
   sum += e;
   moment += d * e;
 }

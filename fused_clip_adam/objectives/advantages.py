@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_clip_adam.objectives.groups import Groups, arithmetic, check_floating, check_ids
+from fused_clip_adam.objectives.groups import Groups, arithmetic, check_ids
+from fused_clip_adam.objectives.losses import check_tensor
 from fused_clip_adam.objectives.objective import number
 
 SCALES = ("std", "none")
@@ -48,7 +49,7 @@ def _z_scores(x: Tensor, mean: Tensor, std: Tensor, eps: float = 0.0) -> Tensor:
 
 
 def _check(rewards: Tensor) -> Tensor:
-    check_floating("rewards", rewards)
+    check_tensor("rewards", rewards)
     if rewards.dim() != 1:
         raise ValueError(f"rewards must be [n], one per sample, got shape {list(rewards.shape)}")
     x = rewards.detach().double()

@@ -29,7 +29,7 @@ class ASPO(Objective):
     Raises:
         ValueError: a bound out of range.
 
-    Source: ASPO (arXiv 2510.06062), Eq. 9-11, and the code of Archer2.0.
+    Source: ASPO (arXiv 2510.06062) and the code of Archer2.0.
     """
 
     clip: float = 0.2

@@ -14,7 +14,7 @@ class CISPO(Objective):
 
     Args:
         low: the lower bound of the ratio itself (not a distance from 1), or None for none (TRL, Liger).
-        high: the upper bound of the ratio itself. Default: TRL's documentation.
+        high: the upper bound of the ratio itself. Default: ScaleRL's (arXiv 2510.13786), as TRL documents.
 
     Raises:
         ValueError: bounds out of order or out of range.

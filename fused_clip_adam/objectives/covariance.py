@@ -44,7 +44,7 @@ class ClipCov(Objective):
     Raises:
         ValueError: a number out of range.
 
-    Source: Cui et al. 2025, "The entropy mechanism of reinforcement learning" (arXiv 2505.22617), Eq. 12-13, as in
+    Source: Cui et al. 2025, "The entropy mechanism of reinforcement learning" (arXiv 2505.22617), as in
     verl.
     """
 
@@ -87,7 +87,7 @@ class KLCov(Objective):
     Raises:
         ValueError: a number out of range.
 
-    Source: Cui et al. 2025 (arXiv 2505.22617), Eq. 14-15, as in verl.
+    Source: Cui et al. 2025 (arXiv 2505.22617), as in verl.
     """
 
     ratio: float = 2e-4

@@ -23,7 +23,7 @@ class DCPO(Objective):
     Raises:
         ValueError: a bound out of range.
 
-    Source: DCPO (arXiv 2509.02333), Eq. 7-9, and its code. Its advantages: `SmoothedAdvantage`.
+    Source: DCPO (arXiv 2509.02333) and its code. Its advantages: `SmoothedAdvantage`.
     """
 
     clip_low: float = 0.2

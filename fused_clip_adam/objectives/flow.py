@@ -28,7 +28,7 @@ class GRPOGuard(Objective):
     Raises:
         ValueError: a bound out of range.
 
-    Source: GRPO-Guard (arXiv 2510.22319), Eq. 10-13.
+    Source: GRPO-Guard (arXiv 2510.22319).
     """
 
     clip_low: float

@@ -23,7 +23,7 @@ class GMPO(Objective):
     Raises:
         ValueError: a bound negative or not finite.
 
-    Source: Zhao et al. 2025 (arXiv 2507.20673), Eq. 4; verl's "geo_mean".
+    Source: Zhao et al. 2025 (arXiv 2507.20673); verl's "geo_mean".
     """
 
     clip_low: float = 0.4

@@ -32,7 +32,7 @@ class GPPO(Objective):
     Raises:
         ValueError: a bound out of range.
 
-    Source: Klear-Reasoner (arXiv 2508.07629), Eq. 7, and its code.
+    Source: Klear-Reasoner (arXiv 2508.07629) and its code.
     """
 
     clip_low: float = 0.2
@@ -63,7 +63,7 @@ class CEGPPO(GPPO):
     Raises:
         ValueError: a bound out of range, a negative beta.
 
-    Source: CE-GPPO (arXiv 2509.20712), Eq. 9, and its code.
+    Source: CE-GPPO (arXiv 2509.20712) and its code.
     """
 
     beta_low: float = 0.25
@@ -87,7 +87,7 @@ class AEPO(GPPO):
 
     Args:
         clip_low, clip_high, dual_clip: as `GPPO`.
-        entropy_scale: weight of z. Default: the official code's.
+        entropy_scale: weight of z. Default: the forks' of its code.
 
     Raises:
         ValueError: a bound out of range, an entropy_scale that is not finite.

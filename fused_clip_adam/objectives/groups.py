@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
 
 class Groups:
     """A partition of n elements into groups of one size that lie side by side, or by equal ids.
@@ -48,20 +46,6 @@ class Groups:
     def spread(self, x: Tensor) -> Tensor:
         """[groups] -> [n], to every member."""
         return x.unsqueeze(1).expand(self.shape).reshape(-1) if self.ids is None else x[self.slot]
-
-
-def check_floating(name: str, tensor: Any, device: torch.device | None = None) -> None:
-    """Refuses what is not a dense floating-point tensor that holds data, on `device` if given."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in FLOATING or tensor.layout != torch.strided:
-        raise TypeError(
-            f"{name} must be a dense float64, float32, bfloat16 or float16 tensor, got {tensor.dtype} {tensor.layout}"
-        )
-    if tensor.device.type == "meta":
-        raise ValueError(f"{name} is on the meta device and holds no data")
-    if device is not None and tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}, not on {device}")
 
 
 def check_ids(name: str, ids: Any, like: Tensor) -> Tensor:

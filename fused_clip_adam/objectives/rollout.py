@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from fused_clip_adam.objectives.groups import Groups, arithmetic, check_floating, check_ids
+from fused_clip_adam.objectives.groups import Groups, arithmetic, check_ids
+from fused_clip_adam.objectives.losses import check_mask, check_tensor
 from fused_clip_adam.objectives.objective import number
 from fused_clip_adam.objectives.stats import DeviceStats
 
@@ -96,8 +97,8 @@ def rollout_weights(
     Source: truncated weights: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
     training"; masked ones: Zhao et al. 2025, IcePop ("Small leak can sink a great ship").
     """
-    check_floating("logp", logp)
-    check_floating("rollout_logp", rollout_logp, logp.device)
+    check_tensor("logp", logp)
+    check_tensor("rollout_logp", rollout_logp, logp)
     if logp.dim() not in (1, 2):
         raise ValueError(f"logp must be [B, T] or packed [N], got shape {list(logp.shape)}")
     if rollout_logp.shape != logp.shape:
@@ -110,12 +111,9 @@ def rollout_weights(
         raise ValueError(f"low must be None or at least 0 and finite, got {low!r}")
     if not (most > 0.0 and most >= least):
         raise ValueError(f"high must be None or positive and at least low = {least!r}, got {high!r}")
-    if mask is None:
-        mask = torch.ones_like(logp, dtype=torch.bool)
-    elif not isinstance(mask, Tensor) or mask.shape != logp.shape or mask.device != logp.device:
-        got = f"{list(mask.shape)} on {mask.device}" if isinstance(mask, Tensor) else repr(mask)
-        raise ValueError(f"mask must be a tensor of shape {list(logp.shape)} on {logp.device}, got {got}")
-    mask = mask != 0
+    if mask is not None:
+        check_mask(mask, logp)
+    mask = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask != 0
     groups = _sequences(logp, sequence_ids, mode)
 
     D = torch.where(mask, logp.double() - rollout_logp.double(), 0.0)
