@@ -156,6 +156,36 @@ def test_sequence_level_matches_trl(tmp_path, beta):
     assert_same_as_trl(trainer, make_inputs(trainer))
 
 
+OTHER_LOSSES = {
+    "cispo": (dict(epsilon_high=1.3), fca.CISPO(high=1.3)),
+    "sapo": (dict(sapo_temperature_pos=1.5, sapo_temperature_neg=2.0), fca.SAPO(1.5, 2.0)),
+    "vespo": (dict(vespo_k_pos=1.0, vespo_lambda_neg=1.5), fca.VESPO(1.0, 3.0, 3.0, 1.5)),
+    "luspo": (dict(importance_sampling_level="sequence", epsilon=0.05, epsilon_high=0.06), fca.GSPO(0.05, 0.06)),
+}
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+@pytest.mark.parametrize("loss_type", OTHER_LOSSES)
+def test_other_losses_match_trl(tmp_path, loss_type, beta):
+    options, objective = OTHER_LOSSES[loss_type]
+    trainer = make_trainer(tmp_path, loss_type=loss_type, **options)
+    trainer.beta = beta
+    assert trainer.objective == objective
+    inputs = make_inputs(trainer, spread=0.5 if loss_type != "vespo" else 0.2)
+    assert_same_as_trl(trainer, inputs)
+    if loss_type == "vespo":  # TRL's correction for the rollout engine enters the weight
+        trainer.use_vllm = True
+        inputs["importance_sampling_ratio"] = torch.linspace(0.8, 1.2, inputs["completion_ids"].numel()).view(8, -1)
+        inputs["importance_sampling_ratio"][inputs["completion_mask"] == 0] = 1.0
+        assert_same_as_trl(trainer, inputs)
+
+
+def test_objective_that_needs_entropy_trains(tmp_path):
+    trainer = make_trainer(tmp_path, loss_type="dapo", objective=fca.AEPO(), optimizer=fca.FusedClipAdamW, max_steps=4)
+    trainer.train()
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+
 def test_on_policy_batch_without_old_logp(tmp_path):
     trainer = make_trainer(tmp_path, loss_type="dapo")
     inputs = make_inputs(trainer)
@@ -167,7 +197,8 @@ def test_on_policy_batch_without_old_logp(tmp_path):
 @pytest.mark.parametrize(
     "options, named",
     [
-        (dict(loss_type="sapo"), "loss_type='sapo'.*dr_grpo"),
+        (dict(loss_type="sapo", importance_sampling_level="sequence"), "sequence.*sapo"),
+        (dict(loss_type="vespo", off_policy_mask_threshold=0.1), "off_policy_mask_threshold with VESPO"),
         (dict(entropy_coef=0.01), "entropy_coef=0.01"),
         (dict(use_adaptive_entropy=True), "use_adaptive_entropy"),
         (dict(importance_sampling_level="sequence", loss_type="grpo", delta=2.0), "delta.*2.0"),

@@ -6,7 +6,16 @@ from trl import GRPOTrainer
 import fused_clip_adam as fca
 
 # TRL's loss_type -> how our objective adds up its tokens.
-AGGREGATIONS = {"grpo": "sequence-mean", "bnpo": "token-mean", "dapo": "token-mean", "dr_grpo": "constant"}
+AGGREGATIONS = {
+    "grpo": "sequence-mean",
+    "sapo": "sequence-mean",
+    "luspo": "sequence-sum",
+    "bnpo": "token-mean",
+    "dapo": "token-mean",
+    "cispo": "token-mean",
+    "vespo": "token-mean",
+    "dr_grpo": "constant",
+}
 
 # What TRL's forward may need beside the token ids (images, mostly); absent keys are passed as None.
 FORWARD_KEYS = (
@@ -29,10 +38,11 @@ class FusedGRPOTrainer(GRPOTrainer):
     TRL's forward -> `fca.policy_loss` -> `optimizer.observe(stats)` and the metrics -> the loss TRL backpropagates.
 
     Args:
-        *args, **kwargs: GRPOTrainer's own. `loss_type` must be one of "grpo", "bnpo", "dapo", "dr_grpo".
-        objective: an fca objective. None: what the config says, that is `fca.PPO` from `epsilon`, `epsilon_high` and
-            `delta`, or `fca.GSPO` when `importance_sampling_level="sequence"`. With an objective given, the config's
-            clip range is not read; `loss_type` still says how tokens are aggregated.
+        *args, **kwargs: GRPOTrainer's own; every `loss_type` of TRL 1.16.
+        objective: an fca objective. None: what the config says: `fca.CISPO`, `fca.SAPO` or `fca.VESPO` by `loss_type`,
+            else `fca.PPO` from `epsilon`, `epsilon_high` and `delta`, or `fca.GSPO` when
+            `importance_sampling_level="sequence"`. With an objective given, the config's clip range is not read;
+            `loss_type` still says how tokens are aggregated. Objectives that need entropies get TRL's.
 
     Metrics, beside TRL's `clip_ratio/{low,high,region}_mean`, `entropy` and `kl`; all per unmasked token:
         `policy/overshoot`: how far tokens have gone past the clip bound that should have stopped them. With
@@ -74,12 +84,30 @@ class FusedGRPOTrainer(GRPOTrainer):
             "delta with importance_sampling_level='sequence'": (
                 objective is None and self.importance_sampling_level == "sequence" and self.args.delta
             ),
+            f"importance_sampling_level='sequence' with loss_type={self.loss_type!r}": (
+                objective is None
+                and self.importance_sampling_level == "sequence"
+                and self.loss_type in ("cispo", "sapo", "vespo")
+            ),
         }
+        if self._reads_weights(objective):  # they enter its own weight, and TRL's masks are no importance weights
+            refused["top_entropy_quantile with VESPO"] = self.top_entropy_quantile < 1.0
+            refused["off_policy_mask_threshold with VESPO"] = self.off_policy_mask_threshold is not None
         for name, value in refused.items():
             if value:
                 raise ValueError(f"{name}={value!r} is not handled by FusedGRPOTrainer; turn it off or use GRPOTrainer")
 
+    def _reads_weights(self, objective):
+        return isinstance(objective, fca.VESPO) or (objective is None and self.loss_type == "vespo")
+
     def _objective_from_config(self):
+        if self.loss_type == "cispo":
+            return fca.CISPO(high=self.epsilon_high)
+        if self.loss_type == "sapo":
+            return fca.SAPO(self.args.sapo_temperature_pos, self.args.sapo_temperature_neg)
+        if self.loss_type == "vespo":
+            names = ("k_pos", "lambda_pos", "k_neg", "lambda_neg")
+            return fca.VESPO(*(getattr(self.args, f"vespo_{name}") for name in names))
         if self.importance_sampling_level == "sequence":
             return fca.GSPO(clip_low=self.epsilon_low, clip_high=self.epsilon_high)
         # TRL caps the unclipped ratio at delta before the minimum is taken, for both signs of the advantage.
@@ -110,7 +138,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         # An optimizer step sums the losses of its micro-batches; evaluation does not accumulate.
         accumulation = self.current_gradient_accumulation_steps if mode == "train" else 1
         normalizer = None
-        if self.loss_type == "dapo":  # all tokens of all ranks, cut to the share of one optimizer step
+        if self.loss_type in ("dapo", "cispo", "vespo"):  # tokens of all ranks, cut to the share of an optimizer step
             normalizer = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
             if mode == "train":
                 normalizer = normalizer / self.args.steps_per_generation  # accumulation is divided out below
@@ -128,6 +156,7 @@ class FusedGRPOTrainer(GRPOTrainer):
             weights=self._policy_weights(inputs, logp, old_logp, entropies, mask),
             ref_logp=ref_logp,
             kl_coef=0.0 if token_kl is not None else self.beta,
+            entropy=entropies.detach() if "entropy" in self.objective.needs else None,
         )
         if token_kl is not None:
             loss = loss + self.beta * _aggregate(token_kl, mask, aggregation, normalizer)
@@ -254,6 +283,8 @@ def _aggregate(values, mask, aggregation, normalizer):
     values = values.masked_fill(mask == 0, 0.0)
     if aggregation == "sequence-mean":
         return (values.sum(1) / mask.sum(1).clamp(min=1)).mean()
+    if aggregation == "sequence-sum":
+        return values.sum(1).mean()
     return values.sum() / (mask.sum().clamp(min=1) if normalizer is None else normalizer)
 
 
