@@ -1,6 +1,7 @@
 """The README says what the code does: its example runs, and every cell of its support table is tried."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,16 +11,21 @@ import fused_clip_adam as fca
 from fused_clip_adam import backends
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "docs"))
+
+import generate as docs  # noqa: E402
+
 README = (ROOT / "README.md").read_text()
 
 
 def support_rows() -> list[tuple[str, str, str]]:
-    """(name, backend, claim) of every cell."""
+    """(name, backend, claim) of every cell; a row may name several."""
     table = README.split("<!-- support table")[1].split("<!-- end of support table")[0]
     lines = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("|")]
     header = [cell.strip() for cell in lines[0]]
     rows = [[cell.strip() for cell in line] for line in lines[2:]]
-    return [(row[0].strip("`"), header[i], row[i]) for row in rows for i in range(1, len(header))]
+    names = [(name, row) for row in rows for name in re.findall(r"`([^`]+)`", row[0])]
+    return [(name, header[i], row[i]) for name, row in names for i in range(1, len(header))]
 
 
 def device_of(backend: str) -> str:
@@ -40,14 +46,57 @@ def step_with(cls=fca.FusedClipAdamW, **options):
     assert bool((p < 1).all()), "the step moved nothing"
 
 
-def objective_with(objective, backend):
-    logp = torch.full((2, 3), -1.0, requires_grad=True)
-    loss, stats = fca.policy_loss(logp, logp.detach() - 0.1, torch.ones(2), objective=objective, backend=backend)
+FLOW = torch.linspace(-1.0, 1.0, 6)
+INPUTS = {  # what objectives need beyond the common inputs
+    "entropy": torch.linspace(0.1, 2.0, 6).view(2, 3),
+    "ewma_logp": torch.full((2, 3), -1.05),
+    "mu": FLOW.view(2, 3, 1),
+    "mu_old": FLOW.view(2, 3, 1) * 0.9,
+    "sigma_t": 0.7,
+    "dt": 0.1,
+}
+CONSTRUCTED = {fca.DRO: fca.DRO(0.1), fca.GRPOGuard: fca.GRPOGuard(0.2, 0.2)}  # without defaults of their own
+
+
+def objective_with(cls, backend):
+    device = device_of(backend)
+    objective = CONSTRUCTED[cls] if cls in CONSTRUCTED else cls()
+    extra = {name: x.to(device) if isinstance(x := INPUTS[name], torch.Tensor) else x for name in cls.needs}
+    logp = torch.full((2, 3), -1.0, device=device, requires_grad=True)
+    A = torch.tensor([1.0, 0.5], device=device)
+    loss, stats = fca.policy_loss(logp, logp.detach() + 0.1, A, objective=objective, backend=backend, **extra)
     loss.backward()
-    assert stats.to_dict()["tokens"] == 6 and bool(logp.grad.isfinite().all())
+    assert stats.to_dict()["tokens"] == 6 and bool(logp.grad.isfinite().all()) and bool(logp.grad.any())
 
 
-LOGP = (torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2))
+def from_logits_with(backend):
+    logits = torch.randn(2, 3, 5, device=device_of(backend)).requires_grad_()
+    tokens = torch.ones(2, 3, dtype=torch.long, device=logits.device)
+    A = torch.ones(2, device=logits.device)
+    loss, stats = fca.policy_loss_from_logits(logits, tokens, None, A, entropy_coef=0.1, backend=backend)
+    loss.backward()
+    logp, _ = fca.logp_from_logits(logits.detach(), tokens, backend=backend)
+    torch.testing.assert_close(logp, logits.detach().log_softmax(-1)[..., 1])
+    assert stats.to_dict()["tokens"] == 6 and bool(logits.grad.any())
+
+
+def logp_on(backend):
+    return (torch.zeros(2, 3, device=device_of(backend)),) * 2 + (torch.ones(2, device=device_of(backend)),)
+
+
+# Plain torch on any device, or no computation at all.
+WITHOUT_BACKEND = {
+    "ClipStats",
+    "Objective",
+    "RolloutStats",
+    "SmoothedAdvantage",
+    "__version__",
+    "group_advantages",
+    "rollout_weights",
+    "theory",
+    "top_variance_groups",
+}
+
 TRY = {
     "FusedClipAdamW": lambda b: step_with(backend=b),
     "FusedClipAdam": lambda b: step_with(fca.FusedClipAdam, backend=b),
@@ -60,11 +109,11 @@ TRY = {
     "OnRollout": lambda b: step_with(backend=b, reset=fca.OnRollout()),
     "skip_nonfinite": lambda b: step_with(backend=b, skip_nonfinite=True),
     "state_dtype=torch.float32": lambda b: step_with(backend=b, state_dtype=torch.float32),
-    "PPO": lambda b: objective_with(fca.PPO(), b),
-    "GSPO": lambda b: objective_with(fca.GSPO(), b),
-    "CISPO": lambda b: objective_with(fca.CISPO(), b),
-    "clip_stats": lambda b: fca.clip_stats(*LOGP, backend=b).to_dict(),
-    "dloss_dlogp": lambda b: fca.dloss_dlogp(*LOGP, backend=b),
+    **{cls.__name__: lambda b, cls=cls: objective_with(cls, b) for cls in docs.objectives()},
+    "clip_stats": lambda b: fca.clip_stats(*logp_on(b), backend=b).to_dict(),
+    "dloss_dlogp": lambda b: fca.dloss_dlogp(*logp_on(b), backend=b),
+    "policy_loss_from_logits": from_logits_with,
+    "logp_from_logits": from_logits_with,
 }
 
 
@@ -81,11 +130,22 @@ def test_support_table(name, backend, claim):
 
 def test_support_table_is_complete():
     rows = support_rows()
-    assert {backend for _, backend, _ in rows} == set(backends.STEP_DEVICES)
+    assert {backend for _, backend, _ in rows} == set(backends.DEVICES)
     assert {name for name, _, _ in rows} == set(TRY)
-    named = {name.split("(")[0] for name in TRY}
-    public = {n for n in fca.__all__ if n not in ("ClipStats", "theory", "__version__", "policy_loss")}
-    assert public <= named | {"clip_stats", "dloss_dlogp"}, public - named
+    public = set(fca.__all__) - {"policy_loss", *WITHOUT_BACKEND}  # policy_loss is what runs the objectives
+    assert public <= {name.split("(")[0] for name in TRY}, public
+
+
+def test_objectives_page_is_generated():
+    assert docs.PAGE.read_text() == docs.page(), "run python docs/generate.py"
+
+
+@pytest.mark.parametrize("cls", docs.objectives())
+def test_objective_says_where_it_comes_from(cls):
+    assert "Source:" in cls.__doc__ and re.search("loss =|gradient|PPO|GSPO", cls.__doc__)
+    documented = cls.__doc__ + cls.__mro__[1].__doc__
+    for field in cls.__dataclass_fields__:
+        assert field in documented or f"{field.split('_')[0]}_*" in documented, field
 
 
 def test_a_backend_that_cannot_run_says_why():
@@ -104,7 +164,7 @@ def test_first_example_runs(capsys):
     assert "clipped 0%" in lines[0] and "clipped 0%" not in lines[-1], "the example does not show clipping"
 
 
-@pytest.mark.parametrize("document", ("README.md", "CONTRIBUTING.md", "benchmarks/README.md"))
+@pytest.mark.parametrize("document", ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/objectives.md"))
 def test_links_lead_somewhere(document):
     path = ROOT / document
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
