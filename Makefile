@@ -83,9 +83,10 @@ $(ASAN): $(SOURCES) | venv
 
 asan: $(ASAN)   ## kernel tests, the CUDA kernels' on the CPU among them, under AddressSanitizer and UBSan
 	FUSED_CLIP_ADAM_LIBRARY=$(CURDIR)/$(ASAN) $(SANITIZED) \
-		-m pytest -x -q tests/test_step.py tests/test_objectives.py tests/test_hostile.py
+		-m pytest -x -q tests/test_step.py tests/test_objectives.py tests/test_logits.py tests/test_hostile.py -k "not cuda"
 	library=$$($(BIN)/python tests/cuda_on_cpu/build.py --sanitize) && FUSED_CLIP_ADAM_CUDA_LIBRARY=$$library \
-		$(SANITIZED) -m pytest -x -q tests/test_cuda_on_cpu.py tests/test_gpu_backends.py
+		$(SANITIZED) -m pytest -x -q tests/test_cuda_on_cpu.py tests/test_gpu_backends.py && \
+		FUSED_CLIP_ADAM_CUDA_LIBRARY=$$library $(SANITIZED) -m pytest -x -q tests/test_objectives.py tests/test_logits.py -k cuda
 SANITIZED = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 TRITON_INTERPRET=0 \
 	LD_PRELOAD="$$($(or $(CXX),g++) -print-file-name=libasan.so) $$($(or $(CXX),g++) -print-file-name=libubsan.so)" \
 	$(BIN)/python

@@ -279,7 +279,7 @@ def prepare(
             old_logp=like_logp("old_logp", old_logp),
             advantages=per_token("advantages", advantages),
             mask=mask,
-            weights=optional(per_token, "weights"),
+            weights=optional(like_logp if objective.weights_per_token else per_token, "weights"),
             ref_logp=like_logp("ref_logp", options["ref_logp"]) if use_kl else None,
             **{name: optional(like_logp, name) for name in PER_TOKEN_INPUTS},
             sequences=sequences,

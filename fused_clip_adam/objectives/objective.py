@@ -93,6 +93,8 @@ class Objective:
     accepts: ClassVar[tuple[str, ...]] = ()
     by_sequence: ClassVar[bool] = False
     """`prepare` reads the sequences."""
+    weights_per_token: ClassVar[bool] = False
+    """`weights` of a whole sequence have no meaning here."""
 
     @property
     def needs_sequences(self) -> bool:
