@@ -16,8 +16,9 @@ class VESPO(Objective):
     """loss = -stop_gradient(phi) A logp; the gradient is -phi A. phi = e^lambda W^k e^(-lambda W), which is 1 at W = 1;
     ln W = the sum over the sequence of clip(logp - old_logp, -20, 20) + ln(weights), within [ln 1e-8, 20].
 
-    `weights` are the rollout's importance weights per token (`rollout_weights` in a token mode); here they enter W (each
-    within [1e-8, e^20]) and do not multiply the loss. Weights per sequence are refused, as by TRL: W is their product. Needs [B, T] input, or packed input with `sequence_ids`.
+    `weights` are the rollout's importance weights per token (`rollout_weights` in a token mode): they enter W, each
+    within [1e-8, e^20], and do not multiply the loss. Weights per sequence are refused, as by TRL: W is their product.
+    Needs [B, T] input, or packed input with `sequence_ids`.
 
     Args:
         k_pos, lambda_pos: where A >= 0. k_neg, lambda_neg: where A < 0. Defaults: TRL's.
