@@ -17,8 +17,10 @@ except ImportError as error:
         f"first, then: pip install --no-build-isolation fused_clip_adam   ({error})"
     ) from error
 
-CPU_SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("library", "table", "norm", "prologue", "step", "objective")]
-CUDA_SOURCES = [f"csrc/cuda/{name}.cu" for name in ("library", "norm", "prologue", "step")]
+CPU_SOURCES = [
+    f"csrc/cpu/{name}.cpp" for name in ("library", "table", "norm", "prologue", "step", "objective", "logits")
+]
+CUDA_SOURCES = [f"csrc/cuda/{name}.cu" for name in ("library", "norm", "prologue", "step", "objective", "logits")]
 SHARED_HEADERS = [f"csrc/{name}.h" for name in ("update_math", "objective_math", "storage", "table", "check_args")]
 CPU_HEADERS = SHARED_HEADERS + [f"csrc/cpu/{name}.h" for name in ("isa", "table", "tile")]
 CUDA_HEADERS = SHARED_HEADERS + [f"csrc/cuda/{name}.h" for name in ("device", "slots")]

@@ -1,4 +1,4 @@
-"""One optimizer step on a GPU: ours against its peers in alternation, and against the card's own copy bandwidth.
+"""Optimizer step and losses on a GPU: ours against its peers in alternation, and against the card's copy bandwidth.
 
     python -m benchmarks.gpu [--device cuda|cpu] [--quick] [--budget-s N] [cases...]
 
@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import functools
 import gc
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -21,15 +22,25 @@ from pathlib import Path
 import torch
 
 from benchmarks import gpu_harness
-from benchmarks.gpu_harness import COPY, FRACTION, Copy, HostClock
+from benchmarks.gpu_harness import COPY, FRACTION, Copy, CpuClock, DeviceClock, HostClock
 from benchmarks.gpu_peers import (
+    CHUNKS,
+    COMPILED,
+    EAGER,
+    ENTROPY_COEF,
     FUSED,
+    LIGER,
     MASTERS,
     OURS,
     PEERS,
     TRICK,
+    Batch,
+    Forward,
+    LossPeer,
     build_rule,
+    exact_loss,
     fits,
+    loss_peers,
     moved_bytes,
     rules,
     unavailable_reason,
@@ -42,9 +53,14 @@ CEILING_TARGET = 0.92
 CLIP_TARGETS = {FUSED: 1.2, TRICK: 1.05}
 FULL_SIZE_TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.5}
 SAMPLES = 65536  # elements of each tensor compared at full size, at most
+LOGITS_TARGET = 0.8  # of the copy's bandwidth: within 1.25 times of the floor
+SMALL_LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-3}  # bfloat16 rounds a gradient by 2^-9 at most
+LOSS_TOLERANCE = 1e-2  # the same twice, or a few tokens whose ratio is next to a bound
+COMPILE_S = 10.0  # a loss whose share of the time is less goes without torch.compile, which may take twice as long
 ROUNDS, HOST_ROUNDS, WARMUP, QUICK_ROUNDS = 60, 15, 3, 3
 
 Shapes = list[tuple[int, ...]]
+Clock = DeviceClock | CpuClock
 
 # ---------------------------------------------------------------- shapes
 
@@ -81,7 +97,7 @@ def llama3_eighth(elements: int, quick: bool) -> Shapes:
 
 @dataclass(frozen=True)
 class Case:
-    """Shapes, dtypes and clip of a comparison; `rules_of`: a backend whose rules are compared instead of peers."""
+    """Shapes, dtypes and clip of a step; `rules_of`: a backend whose rules are compared instead of peers."""
 
     title: str
     shapes: Callable[[int, bool], Shapes]
@@ -91,13 +107,39 @@ class Case:
     targets: dict[str, float] = field(default_factory=dict)  # peer -> least ratio of its time to ours
     ceiling_target: float | None = None
     rules_of: str | None = None
+    weight: float = 1.0  # its share of the time, relative to the others
 
     @property
     def states(self) -> torch.dtype:
         return self.state_dtype or self.dtype
 
 
-def _cases() -> dict[str, Case]:
+@dataclass(frozen=True)
+class LossCase:
+    """Loss, gradient and statistics from log-probabilities (`kind` "ppo", "gspo") or logits ("logits", which is PPO's).
+
+    [B, T] tokens; from logits each sequence has a position more, which is masked: so it is in training, and Liger
+    takes no other.
+    """
+
+    title: str
+    kind: str
+    entropy_coef: float = 0.0
+    targets: dict[str, float] = field(default_factory=dict)
+    ceiling_target: float | None = None
+    rules_of: None = None
+    weight: float = 2.0
+
+    @property
+    def from_logits(self) -> bool:
+        return self.kind == "logits"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.from_logits else torch.float32
+
+
+def _cases() -> dict[str, Case | LossCase]:
     """In the order of their weight: the time may not do for all."""
     bfloat16 = torch.bfloat16
     mixed = {"dtype": bfloat16, "state_dtype": torch.float32}
@@ -124,11 +166,17 @@ def _cases() -> dict[str, Case]:
         f"step-rules-{backend}": Case(f"float32, one tensor, rules of backend={backend}", one_tensor, rules_of=backend)
         for backend in OURS.values()
     }
+    logits = LossCase("PPO from logits", "logits", targets={LIGER: 1.0}, ceiling_target=LOGITS_TARGET)
+    with_bonus = replace(logits, title="PPO from logits with entropy bonus", entropy_coef=ENTROPY_COEF, targets={})
     return {
         "step-one-tensor-clip": clipped.pop("step-one-tensor-clip"),
         "step-one-tensor": unclipped.pop("step-one-tensor"),
+        "objective-logits": logits,
         "step-rules-cuda": by_rule.pop("step-rules-cuda"),
         **clipped,
+        "objective-logits-entropy": with_bonus,
+        "objective-ppo": LossCase("PPO loss, gradient and statistics", "ppo"),
+        "objective-gspo": LossCase("GSPO loss, gradient and statistics", "gspo"),
         **by_rule,
         **unclipped,
     }
@@ -212,6 +260,143 @@ def check_full_size(tensors: Tensors, candidates: dict[str, Callable], reference
     return deviations
 
 
+# ---------------------------------------------------------------- the memory of a loss
+
+
+class Tokens:
+    """Batches of [B, T] tokens in turn: four, so that a call finds its inputs where the last one did not."""
+
+    def __init__(self, shape: tuple[int, int], device: str, spread: float = 0.2, sets: int = 4):
+        self.shape, self.elements, self.turn = shape, math.prod(shape), 0
+        self.size = f"{shape[0]:,} x {shape[1]:,}"
+        self.batches = [self._make(torch.Generator().manual_seed(i), device, spread) for i in range(sets)]
+
+    def _make(self, generator: torch.Generator, device: str, spread: float) -> Batch:
+        sequences, length = self.shape
+        logp = torch.randn(self.shape, generator=generator).abs().neg()
+        off_policy = torch.randn(self.shape, generator=generator) + torch.randn((sequences, 1), generator=generator)
+        old_logp = logp + spread * off_policy  # a part of it a sequence has in common, for GSPO to clip
+        advantages = torch.randn((sequences, 1), generator=generator)
+        lengths = torch.randint(length // 2, length + 1, (sequences, 1), generator=generator)
+        mask = torch.arange(length) < lengths
+        return {
+            "logp": logp.to(device).requires_grad_(),
+            "old_logp": old_logp.to(device),
+            "advantages": advantages.to(device).expand(self.shape),
+            "mask": mask.to(device),
+        }
+
+    @property
+    def leaf(self) -> torch.Tensor:
+        return self.batches[self.turn]["logp"]
+
+    def next(self) -> None:
+        """Untimed, before each call."""
+        self.turn = (self.turn + 1) % len(self.batches)
+
+    def parts(self, grad: torch.Tensor) -> list[torch.Tensor]:
+        """What of a gradient is compared, on the host; each part by its own norm."""
+        return [grad.cpu().double()]
+
+
+class Logits:
+    """One batch of logits [B, T + 1, V] and what they are put back from: 2.5 GB each at full size.
+
+    Ratios are near 1, so that every row has a gradient: one that was clipped away is not read twice by ours.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], device: str, spread: float = 0.05):
+        sequences, length, vocabulary = shape
+        self.shape, self.elements, self.turn = shape, math.prod(shape), 0
+        self.size = f"{sequences * length:,} x {vocabulary:,}"
+        generator = torch.Generator(device).manual_seed(0)
+        at = {"device": device, "generator": generator}
+        full = (sequences, length + 1)
+        self.values = torch.empty((*full, vocabulary), dtype=torch.bfloat16, device=device).normal_(generator=generator)
+        tokens = torch.randint(vocabulary, full, **at)
+        logp = torch.stack([self._logp(x, y) for x, y in zip(self.values, tokens, strict=True)])
+        mask = torch.ones(full, dtype=torch.bool, device=device)
+        mask[:, length:] = False
+        self.leaf = self.values.clone().requires_grad_()
+        self.batches = [
+            {
+                "logits": self.leaf,
+                "tokens": tokens,
+                "old_logp": logp + spread * torch.randn(full, **at),
+                "advantages": torch.randn(sequences, **at),
+                "mask": mask,
+            }
+        ]
+
+    @staticmethod
+    def _logp(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """[T] of [T, V], a few rows at a time."""
+        parts = zip(logits.split(256), tokens.unsqueeze(1).split(256), strict=True)
+        return torch.cat([torch.log_softmax(x, -1, dtype=torch.float32).gather(1, y) for x, y in parts]).squeeze(1)
+
+    @torch.no_grad()
+    def next(self) -> None:
+        """Untimed, before each call: the logits that the last backward pass has overwritten."""
+        self.leaf.copy_(self.values)
+
+    def parts(self, grad: torch.Tensor) -> list[torch.Tensor]:
+        """Of every row: at its token, which dwarfs all else, and at some others, the last one too."""
+        rows, tokens = grad.flatten(0, 1), self.batches[0]["tokens"].view(-1, 1)
+        every = max(rows.numel() // (16 * SAMPLES), 1)
+        columns = torch.arange(0, rows.shape[1], every, device=rows.device)
+        columns = torch.cat([columns, torch.full_like(columns[:1], rows.shape[1] - 1)])
+        others = rows[:, columns].masked_fill(columns == tokens, 0.0)
+        return [x.cpu().double() for x in (rows.gather(1, tokens), others)]
+
+
+def step_of(peer: LossPeer, data: Tokens | Logits) -> Callable[[], tuple]:
+    """One measured call: loss and statistics, then the gradient with respect to log-probabilities or logits."""
+    forwards: list[Forward] = [peer.build(batch) for batch in data.batches]
+
+    def step() -> tuple:
+        loss, stats = forwards[data.turn]()
+        return loss, stats, *torch.autograd.grad(loss, data.leaf)
+
+    return step
+
+
+def check_losses(
+    data: Tokens | Logits, steps: dict[str, Callable], expected: tuple, allowed: float
+) -> dict[str, float]:
+    """Compares each candidate's loss, statistics and gradient with `expected`: (loss, statistics, parts of a gradient).
+
+    Returns:
+        name -> greatest relative deviation of a part of the gradient.
+
+    Raises:
+        AssertionError: a candidate computes something else, so that its time does not count.
+    """
+    loss, stats, parts = expected
+    # In float32 a ratio next to a bound may fall on its other side: a few tokens in a million.
+    flips = 5.0 if data.elements > 10_000 else 0.5
+    deviations = {}
+    for name, step in steps.items():
+        data.turn = 0
+        if isinstance(data, Logits):
+            data.next()
+        own_loss, own_stats, grad = step()
+        errors = [float((x - y).norm() / y.norm()) for x, y in zip(data.parts(grad), parts, strict=True)]
+        deviations[name] = max(errors)
+        assert deviations[name] <= allowed, f"{name}: gradient off by {deviations[name]:.1e} > {allowed:.0e}"
+        for key, own, exact in (("loss", own_loss.detach(), loss.detach()), *_named(own_stats, stats)):
+            own, exact = float(own), float(exact)
+            slack = flips if key.startswith("clipped") else 1e-6 if key == "loss" else 1e-2 + 1e-7 * data.elements
+            close = math.isclose(own, exact, rel_tol=1e-3, abs_tol=slack)
+            assert close, f"{name}: {key} is {own}, not {exact}"
+    return deviations
+
+
+def _named(stats: object, wanted: dict) -> list[tuple]:
+    """(name, own, wanted) of the statistics that both have."""
+    own = stats if isinstance(stats, dict) else stats.to_dict()
+    return [(key, own[key], wanted[key]) for key in own.keys() & wanted.keys()]
+
+
 # ---------------------------------------------------------------- measuring
 
 
@@ -221,7 +406,27 @@ def elements_that_fit(device: str, per_element: int = 60) -> int:
     return next(n for n in (1_000_000_000, 250_000_000, 100_000_000, 10_000_000) if n * per_element < free or n < 2e7)
 
 
-def measure(case: Case, device: str, quick: bool, budget_s: float, progress: Callable[[str], None]) -> dict:
+@dataclass(frozen=True)
+class Comparison:
+    """What is timed: candidates that were found to do the same work, the baseline first.
+
+    Args:
+        moved: name -> bytes of a call, None where no closed count is claimed.
+        before: untimed, before every call.
+        unavailable: name -> why not.
+        facts: for the result file.
+    """
+
+    title: str
+    elements: int
+    candidates: dict[str, Callable]
+    moved: dict[str, int | None]
+    before: Callable[[], None]
+    unavailable: dict[str, str]
+    facts: dict
+
+
+def measure(case: Case | LossCase, device: str, quick: bool, budget_s: float, progress: Callable[[str], None]) -> dict:
     """Candidates -> same work checked, small and at full size -> device times and host times, in alternation.
 
     Raises:
@@ -229,12 +434,63 @@ def measure(case: Case, device: str, quick: bool, budget_s: float, progress: Cal
         RuntimeError: no backend of ours can run here.
     """
     begin = time.perf_counter()
+    clock = gpu_harness.make_clock(device)
+    say = lambda text: progress(f"{case.title}: {text}")  # noqa: E731
+    compare = compare_losses if isinstance(case, LossCase) else compare_steps
+    compared = compare(case, device, quick, budget_s, clock, say)
+    baseline = next(iter(compared.candidates))
+    copy = Copy(compared.moved[baseline], device)
+    timed = {**compared.candidates, COPY: copy}
+    left = max(budget_s - (time.perf_counter() - begin), 1.0)
+    how = {"baseline": baseline, "before": compared.before, "watch_cores": False, "progress": say}
+    measured = alternate(
+        timed,
+        QUICK_ROUNDS if quick else ROUNDS,
+        warmup=1 if quick else WARMUP,
+        budget_s=0.75 * left,
+        timed=clock,
+        **how,
+    )
+    on_host = alternate(
+        compared.candidates,
+        QUICK_ROUNDS if quick else HOST_ROUNDS,
+        warmup=1,
+        budget_s=0.25 * left,
+        timed=HostClock(clock.synchronize),
+        **how,
+    )
+    rows = summarize(measured, {**compared.moved, COPY: copy.bytes}, COPY, FRACTION)
+    bytes_per_second = copy.bytes / measured.time(COPY).p50
+    for name, row in rows.items():
+        row["predicted_seconds"] = None if row["bytes"] is None else row["bytes"] / bytes_per_second
+        row["rounds_host_was_late"] = clock.late_rounds(timed[name], measured.rounds)
+        row["host_seconds"] = on_host.time(name)._asdict() if name in compared.candidates else None
+    return {
+        "title": compared.title,
+        "baseline": baseline,
+        "rules_of": case.rules_of,
+        "elements": compared.elements,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        **compared.facts,
+        "clock": clock.name,
+        "rounds": measured.rounds,
+        "host_rounds": on_host.rounds,
+        "ceiling": gpu_harness.describe_copy(measured, copy),
+        "candidates": rows,
+        "unavailable": compared.unavailable,
+        "targets": [] if quick else [target.to_dict() for target in _targets(case, baseline, rows)],
+        "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1) if device == "cuda" else None,
+        "case_seconds": round(time.perf_counter() - begin, 1),
+    }
+
+
+def compare_steps(
+    case: Case, device: str, quick: bool, budget_s: float, clock: Clock, say: Callable[[str], None]
+) -> Comparison:
     elements = elements_that_fit(device)
     if case.rules_of and budget_s < 10:
         elements = min(elements, 250_000_000)
     shapes = case.shapes(elements, quick)
-    clock = gpu_harness.make_clock(device)
-    say = lambda text: progress(f"{case.title}: {text}")  # noqa: E731
 
     say("same work, small")
     names, unavailable, deviations = _usable(case, device)
@@ -253,59 +509,121 @@ def measure(case: Case, device: str, quick: bool, budget_s: float, progress: Cal
     candidates = {name: build(tensors.params, work) for name, build in builders.items()}
 
     say("same work, full size")
-    baseline = names[0]
-    reference = next((name for name in (FUSED, MASTERS) if name in names), baseline)
+    reference = next((name for name in (FUSED, MASTERS) if name in names), names[0])
     at_full_size = check_full_size(tensors, candidates, reference, FULL_SIZE_TOLERANCE[case.dtype])
+    return Comparison(
+        title=f"{case.title} (tensors: {len(shapes):,}, elements: {tensors.elements:,})",
+        elements=tensors.elements,
+        candidates=candidates,
+        moved={name: _moved(name, case, tensors.elements) for name in names},
+        before=tensors.next_gradients,
+        unavailable=unavailable,
+        facts={
+            "tensors": len(shapes),
+            "state_dtype": str(case.states).removeprefix("torch."),
+            "max_norm": case.max_norm,
+            "norms_taken_with_foreach": work.norm_foreach if case.max_norm is not None else None,
+            "same_work_deviation": deviations,
+            "full_size_deviation": at_full_size,
+        },
+    )
 
-    moved = {name: _moved(name, case, tensors.elements) for name in names}
-    copy = Copy(moved[baseline], device)
-    timed = {**candidates, COPY: copy}
-    left = max(budget_s - (time.perf_counter() - begin), 1.0)
-    how = {"baseline": baseline, "before": tensors.next_gradients, "watch_cores": False, "progress": say}
-    measured = alternate(
-        timed,
-        QUICK_ROUNDS if quick else ROUNDS,
-        warmup=1 if quick else WARMUP,
-        budget_s=0.75 * left,
-        timed=clock,
-        **how,
+
+def compare_losses(
+    case: LossCase, device: str, quick: bool, budget_s: float, clock: Clock, say: Callable[[str], None]
+) -> Comparison:
+    say("same work, small")
+    peers = loss_peers(case.kind, case.entropy_coef, case.dtype.itemsize)
+    names, unavailable, deviations = _usable_losses(case, peers, device)
+    if case.entropy_coef:
+        unavailable[LIGER] = "has no entropy bonus"
+
+    say("tensors")
+    data = make_data(case, device, quick)
+    facts: dict = {"shape": data.shape, "entropy_coef": case.entropy_coef}
+    if isinstance(data, Logits):
+        by_rows = {rows: loss_peers(case.kind, case.entropy_coef, rows=rows)[EAGER] for rows in CHUNKS}
+        steps = {str(rows): step_of(peer, data) for rows, peer in by_rows.items()}
+        how = {"before": data.next, "timed": clock, "watch_cores": False}
+        measured = alternate(steps, 2 if quick else 5, warmup=1, baseline=str(CHUNKS[0]), **how)
+        facts["rows_of_torch_eager"] = min(CHUNKS, key=lambda rows: measured.time(str(rows)).p50)
+        peers[EAGER] = by_rows[facts["rows_of_torch_eager"]]
+
+    if quick or budget_s < COMPILE_S:
+        unavailable[COMPILED] = "left out of --quick: it compiles" if quick else "left out: no time to compile"
+    else:
+        say("compiling the torch peer")
+        try:
+            data.next()
+            step_of(peers[COMPILED], data)()
+            names.append(COMPILED)
+        except Exception as error:  # whatever a missing compiler or an unsupported platform raises
+            unavailable[COMPILED] = f"does not compile here ({type(error).__name__})"
+
+    say("same work, full size")
+    data.turn = 0
+    if isinstance(data, Logits):  # float64 of these is 10 GB
+        data.next()
+        loss, stats, grad = step_of(peers[EAGER], data)()
+    else:
+        loss, stats, grad = exact_loss(case.kind, data.batches[0])
+    expected = (loss, stats, data.parts(grad))
+    del grad
+    candidates, at_full_size, others = _agreeing(data, {name: peers[name] for name in names}, expected, LOSS_TOLERANCE)
+    return Comparison(
+        title=f"{case.title}, {data.size} {str(case.dtype).removeprefix('torch.')}",
+        elements=data.elements,
+        candidates=candidates,
+        moved={name: peers[name].bytes_each and peers[name].bytes_each * data.elements for name in candidates},
+        before=data.next,
+        unavailable={**unavailable, **others},
+        facts={**facts, "same_work_deviation": deviations, "full_size_deviation": at_full_size},
     )
-    on_host = alternate(
-        candidates,
-        QUICK_ROUNDS if quick else HOST_ROUNDS,
-        warmup=1,
-        budget_s=0.25 * left,
-        timed=HostClock(clock.synchronize),
-        **how,
-    )
-    rows = summarize(measured, {**moved, COPY: copy.bytes}, COPY, FRACTION)
-    bytes_per_second = copy.bytes / measured.time(COPY).p50
-    for name, row in rows.items():
-        row["predicted_seconds"] = None if row["bytes"] is None else row["bytes"] / bytes_per_second
-        row["rounds_host_was_late"] = clock.late_rounds(timed[name], measured.rounds)
-        row["host_seconds"] = on_host.time(name)._asdict() if name in candidates else None
-    return {
-        "title": f"{case.title} (tensors: {len(shapes):,}, elements: {tensors.elements:,})",
-        "baseline": baseline,
-        "rules_of": case.rules_of,
-        "elements": tensors.elements,
-        "tensors": len(shapes),
-        "dtype": str(case.dtype).removeprefix("torch."),
-        "state_dtype": str(case.states).removeprefix("torch."),
-        "max_norm": case.max_norm,
-        "norms_taken_with_foreach": work.norm_foreach if case.max_norm is not None else None,
-        "clock": clock.name,
-        "rounds": measured.rounds,
-        "host_rounds": on_host.rounds,
-        "ceiling": gpu_harness.describe_copy(measured, copy),
-        "same_work_deviation": deviations,
-        "full_size_deviation": at_full_size,
-        "candidates": rows,
-        "unavailable": unavailable,
-        "targets": [] if quick else [target.to_dict() for target in _targets(case, baseline, rows)],
-        "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1) if device == "cuda" else None,
-        "case_seconds": round(time.perf_counter() - begin, 1),
-    }
+
+
+def make_data(case: LossCase, device: str, quick: bool) -> Tokens | Logits:
+    if not case.from_logits:
+        return Tokens((8, 64) if quick else (256, 4096), device)
+    if quick:
+        return Logits((2, 3, 1000), device)
+    # Two sets of logits, the gradients of who takes new memory, and float32 copies of some: up to 16 B an element.
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else 2**40
+    length = next(n for n in (1024, 512, 256, 128, 64) if 8 * n * 151_936 * 16 < free or n == 64)
+    return Logits((8, length, 151_936), device)
+
+
+def _usable_losses(
+    case: LossCase, peers: dict[str, LossPeer], device: str
+) -> tuple[list[str], dict[str, str], dict[str, float]]:
+    """As `_usable`. torch.compile is checked at full size alone: it compiles for a shape."""
+    spread = 0.3  # several tokens are clipped
+    data = Logits((3, 6, 257), device, spread) if case.from_logits else Tokens((24, 61), device, spread, sets=1)
+    loss, stats, grad = exact_loss(case.kind, data.batches[0], case.entropy_coef)
+    unavailable = {name: unavailable_reason(name, device, of_loss=True) for name in peers if name != COMPILED}
+    here = {name: peers[name] for name, reason in unavailable.items() if reason is None}
+    _, deviations, others = _agreeing(data, here, (loss, stats, data.parts(grad)), SMALL_LOSS_TOLERANCE[case.dtype])
+    unavailable = {name: reason for name, reason in unavailable.items() if reason is not None} | others
+    _require_ours(list(deviations), unavailable)
+    return list(deviations), unavailable, deviations
+
+
+def _agreeing(
+    data: Tokens | Logits, peers: dict[str, LossPeer], expected: tuple, allowed: float
+) -> tuple[dict[str, Callable], dict[str, float], dict[str, str]]:
+    """(steps of those that do the same work, their deviations, name -> why a peer does not); ours has to."""
+    steps: dict[str, Callable] = {}
+    deviations: dict[str, float] = {}
+    others: dict[str, str] = {}
+    for name, peer in peers.items():
+        try:
+            step = step_of(peer, data)
+            deviations |= check_losses(data, {name: step}, expected, allowed)
+            steps[name] = step
+        except Exception as error:
+            if name in OURS:
+                raise
+            others[name] = _why_not_comparable(error)
+    return steps, deviations, others
 
 
 def _usable(case: Case, device: str) -> tuple[list[str], dict[str, str], dict[str, float]]:
@@ -329,14 +647,20 @@ def _usable(case: Case, device: str) -> tuple[list[str], dict[str, str], dict[st
         except Exception as error:
             if name in OURS:
                 raise
-            unavailable[name] = (
-                f"not comparable: {error if isinstance(error, AssertionError) else type(error).__name__}"
-            )
+            unavailable[name] = _why_not_comparable(error)
             continue
         names.append(name)
+    _require_ours(names, unavailable)
+    return names, unavailable, deviations
+
+
+def _why_not_comparable(error: Exception) -> str:
+    return f"not comparable: {error if isinstance(error, AssertionError) else type(error).__name__}"
+
+
+def _require_ours(names: list[str], unavailable: dict[str, str]) -> None:
     if not any(name in OURS for name in names):
         raise RuntimeError("; ".join(f"{name}: {unavailable[name]}" for name in OURS))
-    return names, unavailable, deviations
 
 
 def _moved(name: str, case: Case, elements: int) -> int | None:
@@ -347,7 +671,7 @@ def _moved(name: str, case: Case, elements: int) -> int | None:
     return None if passes is None else moved_bytes(passes, elements, *dtypes)
 
 
-def _targets(case: Case, baseline: str, rows: dict[str, dict]) -> list[Target]:
+def _targets(case: Case | LossCase, baseline: str, rows: dict[str, dict]) -> list[Target]:
     median = lambda name, what: rows[name][what]["p50"] if name in rows else None  # noqa: E731
     found = [Target(peer, "over_ours", least, median(peer, "over_ours")) for peer, least in case.targets.items()]
     if case.ceiling_target is not None:
@@ -411,7 +735,8 @@ def run(names: list[str], device: str, quick: bool, budget_s: float, folder: Pat
             failed[name] = "the time was up"
             continue
         try:
-            result = measure(CASES[name], device, quick, left / (len(names) - i), show_progress)
+            share = CASES[name].weight / sum(CASES[later].weight for later in names[i:])
+            result = measure(CASES[name], device, quick, left * share, show_progress)
         except Exception as error:  # the other cases may well run: say it, go on, and fail at the end
             first_line = (str(error) or "no message").splitlines()[0]
             failed[name] = f"{type(error).__name__}: {first_line}"

@@ -44,7 +44,7 @@ def ppo_in_torch(logp, old_logp, advantages, mask) -> tuple[torch.Tensor, dict[s
             "tokens": tokens,
             "clipped_low": clipped_low.sum(),
             "clipped_high": clipped_high.sum(),
-            "suppressed_mass": mass[clipped_low | clipped_high].sum(),
+            "suppressed_mass": torch.where(clipped_low | clipped_high, mass, 0.0).sum(),
             "total_mass": mass.sum(),
             "kl_k1": -(log_ratio * weight).sum(),
             "kl_k2": 0.5 * (log_ratio.square() * weight).sum(),

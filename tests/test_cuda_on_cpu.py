@@ -14,7 +14,8 @@ import torch
 from cases import RULES, bitwise_equal, make_grads, make_params, make_stats, results, run
 
 import fused_clip_adam as fca
-from fused_clip_adam.backends import cuda, device_table, native
+from fused_clip_adam.backends import cuda, cuda_objective, device_table, native
+from fused_clip_adam.backends import reference_objective as rules
 
 pytestmark = pytest.mark.skipif(cuda.devices() != ("cpu",), reason="backend='cuda' is not the emulated library here")
 
@@ -171,3 +172,169 @@ def test_statistics_reach_the_brake_on_the_device():
     own = opt.state[p]["bias_weights"]
     c = (0.37 + 0.74) / 2
     assert own.tolist() == pytest.approx([1 - 0.9 * (1 - 0.5 * c), 0.001], rel=1e-6)
+
+
+# ---------------------------------------------------------------- the objective
+
+
+def objective(rule: int, rows: int, cols: int, dtype: torch.dtype, *, packed: bool = False, **other) -> tuple:
+    """Arguments of `policy_loss` that use every kind of input; `other` replaces some of them by name."""
+    x = torch.randn(6, rows, cols).to(dtype)
+    ids = torch.randint(0, 7, (cols,)) if packed else None
+    order = torch.argsort(ids, stable=True) if packed else None
+    arguments = dict(
+        logp=x[0] - 2,
+        old_logp=x[0] - 2 + 0.3 * x[1],
+        advantages=x[2, :, :1].expand(rows, cols),
+        mask=torch.rand(rows, cols) < 0.8,
+        weights=1 + 0.1 * x[3],
+        aux=0.1 * x[4],
+        ref_logp=x[0] - 2 + 0.2 * x[5],
+        entropy=x[3].abs(),
+        sequence_ids=ids,
+        sequence_order=order,
+        sequence_offsets=torch.searchsorted(ids[order], torch.arange(8)) if packed else None,
+        num_sequences=7 if packed else rows,
+        rule=rule,
+        scalars=[0.8, 1.2, 3.0, 100.0, 0.5, 0.4, 0.3, 0.2],
+        bounds=None,
+        aggregation=rules.SEQUENCE_MEAN,
+        normalizer=0.0,
+        normalizer_tensor=None,
+        kl_coef=0.1,
+        kl_estimator=rules.K3,
+        entropy_coef=0.01,
+        want_grad=True,
+    )
+    return tuple((arguments | other).values())
+
+
+ORDERS = ("forward", "reverse", "shuffle")
+
+
+@pytest.mark.parametrize("packed", (False, True))
+@pytest.mark.parametrize("rule", (rules.PPO, rules.VESPO, rules.GSPO, rules.GMPO))
+@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16))
+def test_no_order_changes_a_bit_of_the_objective(monkeypatch, dtype, rule, packed):
+    arguments = objective(rule, *((1, 1500) if packed else (5, 301)), dtype, packed=packed)
+    seen = []
+    for order in ORDERS:
+        monkeypatch.setenv("CUDA_ON_CPU_ORDER", order)
+        seen.append(cuda_objective.policy_loss(*arguments))
+    assert bitwise_equal(seen[0], seen[1]) and bitwise_equal(seen[0], seen[2])
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("vocabulary", (5, 257, 5003))
+def test_no_order_changes_a_bit_from_logits_or_of_the_bounds(monkeypatch, dtype, vocabulary):
+    logits, tokens = torch.randn(2, 3, vocabulary).to(dtype), torch.randint(0, vocabulary, (2, 3))
+    arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
+    g, h = torch.randn(2, 2, 3, dtype=arithmetic)
+    logp = torch.randn(2, 7, 90)
+    seen = []
+    for order in ORDERS:
+        monkeypatch.setenv("CUDA_ON_CPU_ORDER", order)
+        forward = cuda_objective.logits_forward(logits, tokens, None, 0.7)
+        out = logits.clone()
+        cuda_objective.logits_backward(out, tokens, *forward[:0:-1], g, h, 0.7, out)
+        sums = cuda_objective.bound_sums(logp[0], logp[1], logp[0] * logp[1], None, [0.6, 0.7], [1.2] * 40)
+        seen.append([*forward, out, sums])
+    assert bitwise_equal(seen[0], seen[1]) and bitwise_equal(seen[0], seen[2])
+
+
+def test_launches_of_the_objective(library):
+    def launches(call, *arguments) -> int:
+        before = library.cuda_on_cpu_launch_count()
+        call(*arguments)
+        return library.cuda_on_cpu_launch_count() - before
+
+    policy_loss, token_mean = cuda_objective.policy_loss, {"aggregation": rules.TOKEN_MEAN}
+    assert launches(policy_loss, *objective(rules.PPO, 3, 2000, torch.float32, **token_mean)) == 2
+    assert launches(policy_loss, *objective(rules.PPO, 3, 2000, torch.float32)) == 3
+    assert launches(policy_loss, *objective(rules.GSPO, 1, 6000, torch.float32, packed=True)) == 3
+    x = torch.randn(4, 50)
+    assert launches(cuda_objective.bound_sums, x, x, x, None, [0.6] * 5, [1.2] * 17) == 2
+    logits, tokens = torch.randn(4, 50, 9), torch.zeros(4, 50, dtype=torch.int64)
+    _, entropy, softmax = cuda_objective.logits_forward(logits, tokens, None, 1.0)
+    assert launches(cuda_objective.logits_forward, logits, tokens, None, 1.0) == 1
+    assert launches(cuda_objective.logits_backward, logits, tokens, softmax, entropy, x, None, 1.0, logits) == 1
+
+
+def test_a_failing_launch_of_the_objective_names_its_kernel(library):
+    logits, tokens = torch.randn(4, 5, 9), torch.zeros(4, 5, dtype=torch.int64)
+    logp, entropy, softmax = cuda_objective.logits_forward(logits, tokens, None, 1.0)
+    first = {
+        "sequence_kernel": lambda: cuda_objective.policy_loss(*objective(rules.GSPO, 3, 20, torch.float32)),
+        "token_kernel": lambda: cuda_objective.policy_loss(
+            *objective(rules.PPO, 3, 20, torch.float32, aggregation=rules.TOKEN_MEAN)
+        ),
+        "finish_kernel": lambda: cuda_objective.policy_loss(
+            *objective(rules.PPO, 0, 20, torch.float32, aggregation=rules.TOKEN_MEAN)
+        ),
+        "bound_sums_kernel": lambda: cuda_objective.bound_sums(logp, logp, logp, None, [0.6], [1.2]),
+        "logits_forward_kernel": lambda: cuda_objective.logits_forward(logits, tokens, None, 1.0),
+        "logits_backward_kernel": lambda: cuda_objective.logits_backward(
+            logits, tokens, softmax, entropy, logp, None, 1.0, logits
+        ),
+    }
+    for kernel, call in first.items():
+        library.cuda_on_cpu_fail_next_launch(9)  # cudaErrorInvalidConfiguration
+        with pytest.raises(RuntimeError, match=rf"launch of fused_clip_adam's kernel {kernel}: cudaErrorInvalidConfig"):
+            call()
+        call()  # the error is not sticky, and is not reported twice
+
+
+def test_logits_past_2_to_the_32(library):
+    # Two rows 2^32 + 8 elements apart, in place and into rows at another distance from a 16-byte boundary.
+    apart, vocabulary = 2**32 + 8, 1003
+    memory, other = huge(torch.bfloat16, apart + 2048), huge(torch.bfloat16, apart + 2048)
+    logits = memory.as_strided((2, 1, vocabulary), (apart, vocabulary, 1), 8)
+    out = other.as_strided((2, 1, vocabulary), (apart + 1, vocabulary, 1), 3)
+    small = torch.randn(2, 1, vocabulary).bfloat16()
+    logits.copy_(small)
+    tokens = torch.tensor([[3], [1002]])
+    seen = []
+    for x in (logits, small):
+        logp, entropy, softmax = cuda_objective.logits_forward(x, tokens, None, 1.0)
+        g, h = torch.tensor([[1.0], [-2.0]]), torch.tensor([[0.5], [0.0]])
+        cuda_objective.logits_backward(x, tokens, softmax, entropy, g, h, 1.0, out if x is logits else small.clone())
+        cuda_objective.logits_backward(x, tokens, softmax, entropy, g, h, 1.0, x)
+        seen.append([logp, entropy, softmax, x.clone()])
+    assert bitwise_equal(*seen)  # although the second of the small rows is not on a 16-byte boundary
+    assert torch.equal(out, logits) and float(out[1, 0, 1002]) < -1.9
+    assert int((memory[8 + vocabulary : 4096] != 0).sum()) == 0 and int((other[:3] != 0).sum()) == 0
+
+
+def test_more_rows_than_other_dimensions_of_a_grid_take():
+    n, tokens = 70_001, torch.randint(0, 3, (70_001, 1))
+    mask = torch.arange(n).unsqueeze(1) > 65_500
+    logits = torch.randn(n, 1, 3)
+    logp, entropy, softmax = cuda_objective.logits_forward(logits, tokens, mask, 1.0)
+    expected = torch.log_softmax(logits, -1)
+    torch.testing.assert_close(logp, expected.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) * mask)
+    g = torch.randn(n, 1) * mask
+    cuda_objective.logits_backward(logits, tokens, softmax, entropy, g, None, 1.0, logits)
+    one_hot = torch.nn.functional.one_hot(tokens, 3)
+    torch.testing.assert_close(logits, g.unsqueeze(-1) * (one_hot - expected.exp()), rtol=1e-5, atol=1e-6)
+
+
+def test_tokens_past_2_to_the_32():
+    # logp and advantages whose rows lie 2^32 + 3 elements apart.
+    rows, cols, apart = 2, 700, 2**32 + 3
+    arguments = list(objective(rules.GSPO, rows, cols, torch.bfloat16))
+    far = list(arguments)
+    for i in (0, 2):
+        far[i] = huge(torch.bfloat16, apart + cols).as_strided((rows, cols), (apart, 1))
+        far[i].copy_(arguments[i])
+    assert bitwise_equal(cuda_objective.policy_loss(*far), cuda_objective.policy_loss(*arguments))
+
+
+def test_a_sequence_id_out_of_range_leaves_its_token_out():
+    # The device cannot raise: such a token counts as not readable, and nothing is read out of bounds.
+    arguments = list(objective(rules.PPO, 1, 300, torch.float32, packed=True, mask=None))
+    ids = arguments[8]
+    wrong = torch.arange(300) % 50 == 7
+    arguments[8] = torch.where(wrong, torch.tensor([2**62, -1]).repeat(150), ids)
+    loss, grad, grad_entropy, _, stats = cuda_objective.policy_loss(*arguments)
+    assert int(stats[13]) == int(wrong.sum()) and int(stats[0]) == 300 - int(wrong.sum())
+    assert torch.isfinite(loss) and bool((grad[0, wrong] == 0).all()) and bool((grad_entropy[0, wrong] == 0).all())

@@ -1,10 +1,12 @@
-"""What only a GPU can show: no host sync, CUDA graphs, torch.compile, GradScaler, streams, tensors past 2^31."""
+"""What only a GPU can show: no host sync, CUDA graphs, torch.compile, GradScaler, streams, tensors past 2^31; first of
+the step, then of the objectives."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from cases import bitwise_equal, largest_error, make_stats, results, tolerance
+from objective_cases import OBJECTIVES, ONE_OF_EACH, WHOLE_BATCH, make_batch, make_logits_batch, packed, wanted_by
 
 import fused_clip_adam as fca
 from fused_clip_adam import backends
@@ -256,3 +258,288 @@ def test_several_devices_in_one_optimizer(backend):
         return results(opt, params)
 
     assert largest_error(train(["cuda:0", "cuda:1"]), train(["cuda:0", "cuda:0"])) <= tolerance(torch.float32, 3)
+
+
+# ---------------------------------------------------------------- objectives
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def on_device(batch, dtype=None):
+    """The batch on the GPU, floating tensors as `dtype`."""
+    return {name: x.to("cuda", dtype if x.is_floating_point() else None) for name, x in batch.items()}
+
+
+def options_of(name):
+    """Everything that a loss can add up; GRPOGuard has no KL."""
+    kl_coef = 0.0 if isinstance(OBJECTIVES[name], fca.GRPOGuard) else 0.1
+    return dict(objective=OBJECTIVES[name], kl_coef=kl_coef, kl_estimator="k3", aggregation="sequence-mean")
+
+
+def evaluate(batch, **options):
+    """loss, d loss / d logp (or / d logits), statistics; `batch` is left alone."""
+    batch = dict(batch)
+    name = "logits" if "logits" in batch else "logp"
+    batch[name] = leaf = batch[name].detach().clone().requires_grad_()
+    loss, stats = (fca.policy_loss_from_logits if name == "logits" else fca.policy_loss)(**batch, **options)
+    (grad,) = torch.autograd.grad(loss, leaf)
+    return loss.detach(), grad, stats.buffer
+
+
+def assert_near(actual, expected, dtype, rel, flips=0.0):
+    """Loss, gradient and statistics within `rel` and one rounding to `dtype`, but for a share of tokens whose ratio is
+    next to a bound and falls on its other side."""
+    (loss, grad, stats), (wanted_loss, wanted, wanted_stats) = actual, expected
+    out = torch.finfo(dtype)
+    wanted, error = wanted.double(), (grad.double().cpu() - wanted.double()).abs()
+    allowed = (rel + out.eps) * wanted.abs() + 0.01 * rel * wanted.abs().max() + out.tiny * out.eps
+    assert grad.dtype == dtype and (error > allowed).double().mean() <= flips, (error / allowed).max()
+    slack = rel + 20 * flips
+    torch.testing.assert_close(loss.double().cpu(), wanted_loss.double(), rtol=slack, atol=slack)
+    torch.testing.assert_close(stats.cpu(), wanted_stats, rtol=slack, atol=1e-6 + flips * grad.numel())
+
+
+def assert_is_the_reference(backend, name, dtype):
+    batch = wanted_by(OBJECTIVES[name], make_batch(37, 531, dtype))
+    exact = {n: x.double() if x.is_floating_point() else x for n, x in batch.items()}
+    expected = evaluate(exact, backend="reference", **options_of(name))
+    actual = evaluate(on_device(batch), backend=backend, **options_of(name))
+    # Sums of 20,000 terms in another order; in float32 sums of 400 log-ratios come into an exponent.
+    rel, flips = (1e-11, 0.0) if dtype == torch.float64 else (1e-3, 1e-3)
+    assert_near(actual, expected, dtype, rel, flips)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_is_the_reference_in_float64(backend, name):
+    # What the whole batch decides jumps: an order of tokens, a bound. And each further type costs Triton seconds.
+    jumps = isinstance(OBJECTIVES[name], WHOLE_BATCH)
+    assert_is_the_reference(backend, name, torch.float64 if jumps else torch.float32)
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16, torch.float16))
+def test_objectives_of_other_types_are_the_reference_in_float64(backend, dtype):
+    for name in ("dual and cap", "gspo", "vespo"):
+        assert_is_the_reference(backend, name, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_loss_from_logits_is_the_reference_in_float64(backend, dtype):
+    for vocabulary in (1, 31, 5003, 50257):  # odd rows: no two begin at the same distance from 16 bytes
+        batch = make_logits_batch(5, 11, vocabulary, dtype)
+        exact = {n: x.double() if x.is_floating_point() else x for n, x in batch.items()}
+        options = dict(temperature=0.8, entropy_coef=0.05, kl_coef=0.1, objective=OBJECTIVES["dual"])
+        expected = evaluate(exact, backend="reference", **options)
+        for inplace in (False, True):
+            actual = evaluate(on_device(batch), backend=backend, inplace_backward=inplace, **options)
+            assert_near(actual, expected, dtype, 1e-11 if dtype == torch.float64 else 2e-4)
+
+
+def test_objectives_give_the_same_bits_every_time(backend):
+    tokens = on_device(make_batch(300, 700, torch.float32))
+    logits = on_device(make_logits_batch(4, 30, 5003, torch.bfloat16))
+    for name in ONE_OF_EACH:
+        batch = wanted_by(OBJECTIVES[name], tokens)
+        first, second = (evaluate(batch, backend=backend, **options_of(name)) for _ in range(2))
+        assert bitwise_equal(first, second), name
+    first, second = (evaluate(logits, backend=backend, entropy_coef=0.1) for _ in range(2))
+    assert bitwise_equal(first, second)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_objectives_never_wait_for_the_device(backend, name):
+    batch = wanted_by(OBJECTIVES[name], on_device(make_batch(6, 40, torch.float32)))
+    flat = wanted_by(OBJECTIVES[name], on_device(packed(make_batch(6, 40, torch.float32))))
+    tokens = torch.full((), 100.0, device="cuda")
+    options = dict(backend=backend, normalizer=tokens, **options_of(name))
+    for sync in ("default", "error"):  # the first call compiles
+        torch.cuda.set_sync_debug_mode(sync)
+        try:
+            for each in (batch, {**flat, "num_sequences": 6}, flat):
+                evaluate(each, **options)
+                fca.dloss_dlogp(**each, **options)
+                fca.clip_stats(**each, **options)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_step_from_logits_to_parameters_never_waits_for_the_device(backend):
+    """Loss, backward, what was clipped to the optimizer, step."""
+    batch = on_device(make_logits_batch(3, 40, 300, torch.bfloat16))
+    weight = torch.randn(300, 300, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    opt = fca.FusedClipAdamW([weight], backend=backend, overshoot="brake", grad_clip=1.0)
+    tokens = batch["mask"].sum().float()
+    options = dict(entropy_coef=0.01, inplace_backward=True, normalizer=tokens, backend=backend)
+    inputs = batch.pop("logits").nan_to_num(0.0)
+    before = weight.detach().clone()
+    for sync in ("default", "error"):
+        torch.cuda.set_sync_debug_mode(sync)
+        try:
+            opt.zero_grad()
+            loss, stats = fca.policy_loss_from_logits(inputs @ weight, **batch, **options)
+            loss.backward()
+            opt.observe(stats)
+            opt.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert int(stats.nonfinite) == 0 and float(stats.tokens) == float(tokens)
+    assert weight.isfinite().all() and not torch.equal(weight, before)
+
+
+def capture(run):
+    """(graph, what `run` returned in it): warmed up on a stream of its own, as torch asks."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = run()
+    return graph, outputs
+
+
+GRAPHED = ("dual and cap", "gspo", "gmpo", "vespo", "cispo both", "bapo", "dcpo")
+
+
+@pytest.mark.parametrize("name", GRAPHED)
+@pytest.mark.parametrize("layout", ("rows", "packed"))
+def test_graph_replay_of_a_loss_reads_its_inputs_anew(backend, layout, name):
+    def inputs(seed):
+        batch = make_batch(9, 70, torch.float32, seed)
+        batch["mask"] = make_batch(9, 70, torch.float32, 0)["mask"]  # packed input keeps its size
+        batch = {n: x.nan_to_num(0.3) if x.is_floating_point() else x for n, x in batch.items()}
+        batch = on_device(wanted_by(OBJECTIVES[name], packed(batch) if layout == "packed" else batch))
+        return batch, torch.tensor(50.0 + seed, device="cuda")
+
+    static, normalizer = inputs(0)
+    options = dict(backend=backend, normalizer=normalizer, **options_of(name))
+    if layout == "packed":
+        options["num_sequences"] = 9
+    graph, outputs = capture(lambda: evaluate(static, **options))
+    for seed in (1, 2, 3):
+        batch, count = inputs(seed)
+        normalizer.copy_(count)
+        for n, x in static.items():
+            x.copy_(batch[n])
+        graph.replay()
+        assert bitwise_equal(outputs, evaluate(batch, **options)), seed
+
+
+@pytest.mark.parametrize("inplace", (False, True))
+def test_graph_replay_of_a_loss_from_logits_reads_its_inputs_anew(backend, inplace):
+    def inputs(seed):
+        batch = on_device(make_logits_batch(3, 21, 1003, torch.bfloat16, seed))
+        return batch, torch.tensor(20.0 + seed, device="cuda")
+
+    static, normalizer = inputs(0)
+    leaf = static["logits"].requires_grad_()
+    options = dict(backend=backend, normalizer=normalizer, temperature=0.9, entropy_coef=0.1, kl_coef=0.1)
+
+    def run():
+        loss, stats = fca.policy_loss_from_logits(**static, inplace_backward=inplace, **options)
+        return loss.detach(), *torch.autograd.grad(loss, leaf), stats.buffer
+
+    graph, outputs = capture(run)
+    assert (outputs[1].data_ptr() == leaf.data_ptr()) == inplace
+    for seed in (1, 2, 3):
+        batch, count = inputs(seed)
+        normalizer.copy_(count)
+        with torch.no_grad():
+            for n, x in static.items():
+                x.copy_(batch[n])
+        graph.replay()
+        assert bitwise_equal(outputs, evaluate(batch, **options)), seed
+
+
+def test_objectives_use_the_current_stream(backend):
+    batch = on_device(make_batch(20, 300, torch.float32))
+    logits = on_device(make_logits_batch(3, 20, 1003, torch.float32))
+    shifted = {**batch, "logp": batch["logp"] + 0.5}, {**logits, "logits": logits["logits"] * 0.5}
+    expected = [evaluate(each, backend=backend) for each in (wanted_by(fca.PPO(), shifted[0]), shifted[1])]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(20_000_000)
+        batch["logp"] += 0.5
+        logits["logits"] *= 0.5
+        actual = [evaluate(each, backend=backend) for each in (wanted_by(fca.PPO(), batch), logits)]
+    torch.cuda.current_stream().wait_stream(side)
+    assert all(bitwise_equal(x, y) for x, y in zip(actual, expected, strict=True))
+
+
+def test_in_place_backward_takes_no_memory(backend):
+    batch = on_device(make_logits_batch(2, 128, 50257, torch.bfloat16))
+    logits = batch.pop("logits")
+    expected = evaluate({**batch, "logits": logits}, backend=backend, entropy_coef=0.1)
+    leaf = logits.requires_grad_()
+    size = leaf.numel() * leaf.element_size()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss, _ = fca.policy_loss_from_logits(leaf, **batch, entropy_coef=0.1, inplace_backward=True, backend=backend)
+    loss.backward(retain_graph=True)
+    assert torch.cuda.max_memory_allocated() - before < 0.05 * size
+    assert leaf.grad.data_ptr() == leaf.data_ptr() and bitwise_equal([leaf.grad], [expected[1]])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("name", ("dual and cap", "gspo", "gmpo"))
+def test_more_sequences_than_a_grid_has_rows(backend, name):
+    """A CUDA grid has 65,535 blocks in y and z."""
+    batch = wanted_by(OBJECTIVES[name], on_device(make_batch(70_001, 5, torch.float64)))
+    expected = evaluate(batch, backend="reference", **options_of(name))
+    assert_near(evaluate(batch, backend=backend, **options_of(name)), [x.cpu() for x in expected], torch.float64, 1e-11)
+    turned = {n: x.t().contiguous().t() for n, x in batch.items()}  # and as wide as that
+    assert_near(
+        evaluate(turned, backend=backend, **options_of(name)), [x.cpu() for x in expected], torch.float64, 1e-11
+    )
+
+
+def test_logits_past_2_to_the_31_elements_and_past_65536_rows(backend):
+    """In place, with bonus: every row's gradient sums to 0, which no row that was left out does; some in float64."""
+    shape, vocabulary = (2, 35_003), 32_768
+    rows = shape[0] * shape[1]
+    assert rows * vocabulary > 2**31 and rows > 65_536
+    if torch.cuda.mem_get_info()[0] < 3 * rows * vocabulary:
+        pytest.skip("needs 7 GB of free device memory")
+    generator = torch.Generator("cuda").manual_seed(0)
+    logits = torch.empty(*shape, vocabulary, dtype=torch.bfloat16, device="cuda").normal_(generator=generator)
+    tokens = torch.randint(vocabulary, shape, device="cuda", generator=generator)
+    tokens.view(-1)[::7] = vocabulary - 1
+    g, h = torch.randn(2, *shape, device="cuda", generator=generator)
+    some = torch.tensor([0, 1, 35_002, 35_003, 65_535, 65_536, 65_537, rows - 2, rows - 1], device="cuda")
+    kept = logits.view(rows, -1)[some].double().requires_grad_()
+    logits.requires_grad_()
+    logp, entropy = fca.logp_from_logits(logits, tokens, inplace_backward=True, backend=backend)
+    (grad,) = torch.autograd.grad((logp * g).sum() + (entropy * h).sum(), logits)
+    assert grad.data_ptr() == logits.data_ptr()
+
+    log_p = kept.log_softmax(-1)
+    wanted_logp = log_p.gather(1, tokens.view(-1)[some].unsqueeze(1)).squeeze(1)
+    wanted_entropy = -(log_p.exp() * log_p).sum(-1)
+    torch.testing.assert_close(logp.view(-1)[some].double(), wanted_logp, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropy.view(-1)[some].double(), wanted_entropy, rtol=1e-5, atol=1e-5)
+    (wanted,) = torch.autograd.grad(
+        (wanted_logp * g.view(-1)[some]).sum() + (wanted_entropy * h.view(-1)[some]).sum(), kept
+    )
+    torch.testing.assert_close(grad.view(rows, -1)[some].double(), wanted, rtol=2**-8, atol=1e-9)
+    for part, scale in zip(grad.view(rows, -1).split(4096), (g.abs() + h.abs()).view(-1).split(4096), strict=True):
+        # The token's own element, of the size of g, was rounded to bfloat16; a row of logits sums to about 180.
+        assert (part.sum(-1, dtype=torch.float32).abs() <= 0.02 * scale + 1e-3).all()
+
+
+def test_tokens_past_2_to_the_31(backend):
+    """Only expanded inputs fit so many tokens: every tensor read is one row or one column, and nothing is written."""
+    rows, cols = 2**16 + 3, 2**15 + 5
+    assert rows * cols > 2**31
+    logp = torch.linspace(-1.0, -0.5, cols, device="cuda").expand(rows, cols)
+    advantages = torch.linspace(-1.0, 1.0, rows, device="cuda").unsqueeze(1).expand(rows, cols)
+    old_logp = torch.full((1, 1), -0.9, device="cuda").expand(rows, cols)
+    stats = fca.clip_stats(logp, old_logp, advantages, objective=fca.PPO(0.2, 0.28), backend=backend)
+    ratio = (logp[0].double() + 0.9).exp()
+    high = int((ratio > 1.28).sum()) * (rows // 2)
+    assert float(stats.tokens) == pytest.approx(rows * cols, rel=1e-6)
+    assert float(stats.clipped_high) == pytest.approx(high, rel=1e-3)
+    assert float(stats.ratio_sum) == pytest.approx(rows * float(ratio.sum()), rel=1e-5)

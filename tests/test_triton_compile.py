@@ -58,6 +58,22 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 FEW_RULES = ("adamw", "gathers the norm", "align 1024")
 RARE_RULES = ("adamw", "gathers the norm", "amsgrad", *list(RULES)[-2:])  # of float64
 FEW_STORAGE = ("float32", "bfloat16")
+CALLS = {
+    "PPO with everything": dict(rule=0, inputs=True, aggregation=1),
+    "DCPO": dict(rule=8, aux=True),
+    "GSPO, packed": dict(rule=14, packed=True, inputs=True),
+    "GSPO, float64, short rows": dict(rule=14, dtype="float64", inputs=True, cols=33),
+    "bounds of BAPO": dict(levels=22),
+}
+PASSES = {
+    "PPO with everything": ("token_kernel", "finish_kernel"),
+    "DCPO": ("token_kernel",),
+    "GSPO, packed": ("sequence_kernel",),
+    "GSPO, float64, short rows": ("sequence_kernel", "token_kernel"),
+    "bounds of BAPO": ("level_kernel", "fold_kernel"),
+}
+"""Kernels of an objective's calls, of which each launches several."""
+FEW_PASSES = {"PPO with everything": ("token_kernel",)}
 
 
 def variants() -> dict[str, tuple]:
@@ -71,6 +87,14 @@ def variants() -> dict[str, tuple]:
         for storage in ("float32", "bfloat16", "float64") if everything else FEW_STORAGE:
             out[f"{target}: norm, {storage}"] = (target, "norm", storage)
         out[f"{target}: prologue"] = (target, "prologue")
+        for storage in ("float32", "bfloat16", "float64") if everything else ("bfloat16",):
+            for kind in ("logits_forward", "logits_backward"):
+                out[f"{target}: {kind}, {storage}"] = (target, kind, storage)
+        if everything:
+            out[f"{target}: logits_forward, odd rows"] = (target, "logits_forward, odd rows", "bfloat16")
+        for name, kernels in (PASSES if everything else FEW_PASSES).items():
+            for kernel in kernels:
+                out[f"{target}: {kernel}, {name}"] = (target, kernel, name)
     return out
 
 
@@ -107,14 +131,29 @@ def compile_variant(name: str) -> tuple[str, dict]:
     import triton
     from triton.compiler import ASTSource
 
+    target, kind, *what = VARIANTS[name]
+    lanes = 64 if target == "gfx942" else 32  # as under a torch for ROCm, or for CUDA
+    if kind in ("update", "norm", "prologue"):
+        kernel, signature, constants, chosen = step_launch(kind, what, lanes)
+    else:
+        kernel, signature, constants, chosen = objective_launch(kind, what[0], lanes)
+    tile = {p.name: constants[p.num,] for p in kernel.params if p.name in ("TILE", "PADDED", "GATE")}
+    if target == "gfx942":
+        chosen.pop("maxnreg", None)
+    source = ASTSource(kernel, signature, constants)
+    compiled = triton.compile(source, target=gpu_target(target), options=chosen)
+    facts = read_gcn(compiled) if target == "gfx942" else read_ptx(compiled, target, chosen)
+    return name, {**facts, "tile": tile, "warps": chosen["num_warps"]}
+
+
+def step_launch(kind: str, what: list, lanes: int) -> tuple:
+    """(kernel, signature, constants, options) of a step's launch."""
     from fused_clip_adam.backends import triton_step
     from fused_clip_adam.backends.device_table import Launch
 
-    target, kind, *what = VARIANTS[name]
     seen = []
     # The launch functions state constants and options; catch them instead of launching.
-    triton_step._launch = lambda kernel, grid, device, *arguments, **options: seen.append((kernel, options))
-    lanes = 64 if target == "gfx942" else 32  # as under a torch for ROCm, or for CUDA
+    triton_step.launch_kernel = lambda kernel, grid, device, *arguments, **options: seen.append((kernel, options))
     triton_step._THREADS, triton_step._TAIL = lanes * triton_step._WARPS, 2 * lanes * triton_step._WARPS
     tensor = types.SimpleNamespace(numel=lambda: 5)
     dtypes = STORAGE[what[0]] if what else (F32,) * 3
@@ -144,13 +183,83 @@ def compile_variant(name: str) -> tuple[str, dict]:
     ((kernel, chosen),) = seen
     signature = {p.name: "constexpr" if p.is_constexpr else POINTERS.get(p.name, "i32") for p in kernel.params}
     constants = {(p.num,): chosen.pop(p.name) for p in kernel.params if p.is_constexpr}
-    tile = {p.name: constants[p.num,] for p in kernel.params if p.name in ("TILE", "PADDED", "GATE")}
-    if target == "gfx942":
-        chosen.pop("maxnreg", None)
-    source = ASTSource(kernel, signature, constants)
-    compiled = triton.compile(source, target=gpu_target(target), options=chosen)
-    facts = read_gcn(compiled) if target == "gfx942" else read_ptx(compiled, target, chosen)
-    return name, {**facts, "tile": tile, "warps": chosen["num_warps"]}
+    return kernel, signature, constants, chosen
+
+
+def call_pass(
+    rule: int = 0,
+    inputs: bool = False,
+    aux: bool = False,
+    packed: bool = False,
+    dtype: str = "float32",
+    cols: int = 2048,
+    aggregation: int = 0,
+    levels: int = 0,
+) -> None:
+    """policy_loss or, with levels, bound_sums, on tensors that hold nothing."""
+    import torch
+
+    from fused_clip_adam.backends import triton_objective
+
+    x = torch.empty(1 if packed else 4, cols, dtype=getattr(torch, dtype), device="meta")
+    mask, optional = x.bool(), x if inputs else None
+    if levels:
+        triton_objective.bound_sums(x, x, x, mask, [0.5] * 5, [1.5] * (levels - 5))
+        return
+    index = torch.empty(cols, dtype=torch.int64, device="meta") if packed else None
+    triton_objective.policy_loss(
+        *(x, x, x, mask, optional, x if aux else None, optional, optional, index, index, index, 4),
+        *(rule, [0.5] * 8, None, aggregation, 0.0, None, 0.1, 3 if inputs else 0, 0.1 if inputs else 0.0, True),
+    )
+
+
+def call_logits(kind: str, dtype: str, V: int = 151_936) -> None:
+    import torch
+
+    from fused_clip_adam.backends import triton_logits
+
+    logits = torch.empty(2, 3, V, dtype=getattr(torch, dtype), device="meta")
+    tokens = torch.empty(2, 3, dtype=torch.int64, device="meta")
+    x = torch.empty(2, 3, dtype=torch.float64 if dtype == "float64" else torch.float32, device="meta")
+    if kind == "logits_forward":
+        triton_logits.logits_forward(logits, tokens, tokens.bool(), 1.0)
+    else:
+        triton_logits.logits_backward(logits, tokens, x.expand(2, 2, 3), x, x, x, 1.0, logits)
+
+
+def objective_launch(kind: str, what: str, lanes: int) -> tuple:
+    """(kernel, signature, constants, options) of a launch of an objective."""
+    import torch
+
+    from fused_clip_adam.backends import triton_logits, triton_objective
+
+    seen = []
+
+    def catch(kernel, grid, device, *arguments, **options):
+        seen.append((kernel, arguments, options))
+
+    triton_objective.launch_kernel = triton_logits.launch_kernel = catch
+    triton_logits._LANES = lanes
+    if kind.startswith("logits"):
+        call_logits(kind.partition(",")[0], what, 151_935 if "odd" in kind else 151_936)
+        ((kernel, arguments, chosen),) = seen
+    else:
+        call_pass(**CALLS[what])
+        ((kernel, arguments, chosen),) = [launch for launch in seen if launch[0].fn.__name__ == kind]
+
+    def type_of(parameter, argument) -> str | tuple:
+        if argument is None:
+            return "constexpr"
+        if isinstance(argument, tuple):
+            return ("fp32",) * len(argument)
+        return "*" + NAMES[argument.dtype] if isinstance(argument, torch.Tensor) else parameter.annotation_type
+
+    NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    NAMES |= {torch.int64: "i64", torch.uint8: "u8"}
+    given = dict(zip((p.name for p in kernel.params), arguments))
+    signature = {p.name: type_of(p, given.get(p.name)) for p in kernel.params}
+    constants = {(p.num,): chosen.pop(p.name, None) for p in kernel.params if signature[p.name] == "constexpr"}
+    return kernel, signature, constants, chosen
 
 
 def read_ptx(compiled, target: str, options: dict) -> dict:
@@ -268,7 +377,47 @@ def dry_steps() -> dict:
     for name in ("norm_kernel", "prologue_kernel", "update_kernel"):
         (cache, *_), *_ = getattr(triton_step, name).device_caches.values()
         compiled[name] = len(cache)
-    return {"launches": launches, "compiled": compiled}
+    return {"launches": launches, "compiled": compiled, **dry_objectives()}
+
+
+def dry_objectives() -> dict:
+    """Calls the objective's functions; returns the kernels of each call and how many compilations they ask for.
+
+    Nothing is compiled: Triton asks its hook before each, and does not go on where that returns True.
+    """
+    import torch
+    import triton
+
+    from fused_clip_adam.backends import triton_logits, triton_objective
+
+    asked = []
+
+    def hook(key: str, fn, **_: object) -> bool:
+        asked.append((fn.name.rpartition(".")[2], key))
+        return True
+
+    triton.knobs.runtime.jit_cache_hook = hook
+    launches = {}
+    for rows, cols in ((1, 16), (3, 17), (33, 600), (2, 100_001)):
+        for k in range(2):  # values and alignments
+            x = torch.empty(rows, cols + k)[:, k:]
+            for rule, aggregation in ((0, 0), (0, 1), (14, 2)):
+                asked_before = len(asked)
+                triton_objective.policy_loss(
+                    *(x, x, x, None, None, None, None, None, None, None, None, rows),
+                    *(rule, [k] * 8, None, aggregation, k, None, float(k), 0, 0.0, True),
+                )
+                launches[f"{rows}, {cols}, {k}, {rule}, {aggregation}"] = [name for name, _ in asked[asked_before:]]
+            triton_objective.bound_sums(x, x, x, None, [k + 0.5], [k + 1.0])
+    for rows, V in ((1, 151_936), (70_000, 40_001), (3, 151_935)):
+        # Expanded: as many rows as one likes in the memory of one.
+        logits = torch.empty(V + 3, dtype=torch.bfloat16)[rows % 4 :][:V].expand(rows, 1, V)
+        tokens, x = torch.zeros(rows, 1, dtype=torch.int64), torch.zeros(rows, 1)
+        for scale in (1.0, 0.7):
+            triton_logits.logits_forward(logits, tokens, None, scale)
+            triton_logits.logits_backward(logits, tokens, x.expand(2, rows, 1), x, x, None, scale, logits)
+    keys = collections.Counter(name for name, _ in set(asked))
+    return {"objective_launches": launches, "objective_compiled": keys}
 
 
 # ---------------------------------------------------------------- the tests
@@ -307,7 +456,16 @@ def test_nothing_spills(compiled, name):
 def test_aligned_tiles_move_16_bytes_at_a_time(compiled, name):
     _target, kind, *what = VARIANTS[name]
     facts = compiled[name]
-    if kind == "prologue" or facts["tile"].get("PADDED"):
+    if kind == "logits_forward, odd rows":
+        assert not any(width.startswith("ld") and int(width[3:]) > 8 for width in facts["widths"])  # 8: a token
+    if kind in ("logits_forward", "logits_backward"):
+        lanes = (64 if "gfx" in name else 32) * facts["warps"]
+        accesses = facts["tile"]["TILE"] // lanes
+        assert facts["widths"]["ld 16"] == accesses
+        if kind == "logits_backward":
+            assert facts["widths"]["st 16"] == 2 * accesses  # zeros have a loop of their own
+        return
+    if kind not in ("update", "norm") or facts["tile"].get("PADDED"):
         return
     dtypes = STORAGE[what[0]]
     options = RULES[what[1]] if kind == "update" else {}
@@ -379,6 +537,25 @@ def test_sizes_do_not_compile_anew(dry_run):
     # With a norm or without; the prologue also with GradScaler and observed masses or without; the norm and the update
     # also with sizes past 2^31.
     assert dry_run["compiled"] == {"norm_kernel": 2, "prologue_kernel": 4, "update_kernel": 4}
+
+
+def test_launches_of_an_objective(dry_run):
+    for case, launched in dry_run["objective_launches"].items():
+        sequences = [] if case.endswith("0, 0") else ["sequence_kernel"]
+        assert launched == [*sequences, "token_kernel", "finish_kernel"], case
+
+
+def test_sizes_and_scalars_of_an_objective_do_not_compile_anew(dry_run):
+    # Tokens: rows shorter than a tile, or not, times three calls. Logits: every row at a multiple of 16 bytes, or not.
+    assert dry_run["objective_compiled"] == {
+        "sequence_kernel": 2,
+        "token_kernel": 6,
+        "finish_kernel": 3,
+        "level_kernel": 2,
+        "fold_kernel": 1,
+        "forward_kernel": 2,
+        "backward_kernel": 1,
+    }
 
 
 def main() -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import decimal
 import itertools
+import math
 import os
 
 import pytest
 import torch
 from cases import CLASSES, RULES, bitwise_equal, largest_error, make_grads, make_params, results, run, tolerance
+from fast_interpreter import fast_interpreter
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -20,7 +22,15 @@ import triton
 import triton.language as tl
 
 import fused_clip_adam as fca
-from fused_clip_adam.backends import device_table, host_table, native, triton_step
+from fused_clip_adam.backends import (
+    device_table,
+    host_table,
+    native,
+    reference,
+    triton_logits,
+    triton_objective,
+    triton_step,
+)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET is not 1: the kernels run on the GPU")
@@ -46,29 +56,9 @@ def _small_chunks(monkeypatch):
     monkeypatch.setattr(device_table, "_CHUNK_SMALL", CHUNK)
 
 
-@pytest.fixture(autouse=INTERPRETED, scope="module")
-def _patch_once():
-    """Makes the interpreter several times faster, or leaves a version of it alone that is built differently.
-
-    It searches triton.language for functions to replace at every call of a function within a kernel. The launch has
-    replaced them for our functions, and Triton's own keep what their first call replaced.
-    """
-    from triton.runtime import interpreter
-
-    patch_language = getattr(interpreter, "_patch_lang", None)
-    if patch_language is None or not hasattr(interpreter.InterpretedFunction, "rewrite"):
-        yield
-        return
-    patched = {triton_step.__name__, __name__}
-
-    def call(self, *arguments, **options):
-        if self.fn.__module__ not in patched:
-            patch_language(self.fn)
-            patched.add(self.fn.__module__)
-        return self.rewrite()(*arguments, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+@pytest.fixture(autouse=True, scope="module")
+def _fast():
+    with fast_interpreter():
         yield
 
 
@@ -463,6 +453,176 @@ def test_chunks_past_32_bits():
     begins = chunks.view(-1, 2)[:, 1]
     assert launch.chunks == len(begins) == 2**33 // launch.chunk_size + 1
     assert torch.equal(begins, torch.arange(launch.chunks) * launch.chunk_size)
+
+
+# ---------------------------------------------------------------- the objectives and the logits
+
+
+def make_tokens(rows: int, cols: int, dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
+    """logp, old_logp, advantages, mask, weights, aux, ref_logp, entropy; some of them far out or not finite."""
+    own = torch.Generator().manual_seed(seed)
+    logp, old, A, w, aux, ref, H = torch.randn(7, rows, cols, generator=own, dtype=torch.float64)
+    logp = -logp.abs()
+    tokens = [logp, logp - 0.6 * old, A, w.exp(), torch.where(aux < 0, aux, 0.0), logp - 0.5 * ref, H.abs()]
+    for k, value in enumerate((30.0, -1e30, 1e30, math.inf, math.nan)):
+        for x in tokens[1:3]:
+            x.view(-1)[torch.randint(x.numel(), (2,), generator=own)] = value * (-1) ** k
+    tokens = [x.to(dtype) for x in tokens]
+    return [*tokens[:3], torch.rand(rows, cols, generator=own) < 0.8, *tokens[3:]]
+
+
+def call_objective(run, tokens, rule: int, scalars, *, kl: int = 3, aggregation: int = 0):
+    numbers = [float(x) for x in scalars]
+    rest = (None, None, None, len(tokens[0]), rule, numbers, None, aggregation, 0.0, None, 0.1, kl, 0.01, True)
+    return run(*tokens, *rest)
+
+
+SCALARS = {  # of the rules whose tokens do not depend on a sequence; 0, inf, inf, inf stand for no bounds
+    "PPO": (0, (0.8, 1.28, 1.9, 2.5)),
+    "CISPO": (1, (0.8, 1.28, math.inf, math.inf)),
+    "SAPO": (2, (0, math.inf, math.inf, math.inf, 1.0, 1.05)),
+    "GPG": (3, (0, math.inf, math.inf, math.inf)),
+    "DRO": (4, (0, math.inf, math.inf, math.inf, 0.3)),
+    "DPPO-TV": (5, (0.05, 0.08, math.inf, 1.5)),
+    "DPPO-KL": (6, (0.02, 0.03, math.inf, 1.5)),
+    "GPPO": (7, (0.8, 1.28, 1.9, math.inf, 0.25, 0.75, 1.0, 1.0)),
+    "DCPO": (8, (0, math.inf, 1.5, math.inf, 0.2, 0.28, 10.0)),
+    "ASPO": (9, (0, math.inf, 3.0, math.inf, 0.2, 0.4)),
+    "PPO-EWMA": (10, (-0.2, 0.2, math.inf, 1.5)),
+    "KL-Cov": (11, (0, math.inf, math.inf, math.inf, 0.7)),
+    "Clip-Cov": (12, (0.8, 1.28, math.inf, math.inf)),
+}
+
+
+@interpreted
+@needs_native
+@pytest.mark.parametrize("name", SCALARS)
+def test_tokens_equal_the_cpu_kernel_bit_for_bit(name):
+    rule, scalars = SCALARS[name]
+    scalars = [*scalars, 0, 0, 0, 0][:8]
+    for dtype in (torch.float32, torch.float64):
+        tokens = make_tokens(3, 300, dtype, seed=rule)
+        got, expected = (
+            call_objective(module.policy_loss, tokens, rule, scalars, kl=1 + rule % 4)
+            for module in (triton_objective, native)
+        )
+        # Both gradients and the scale, but for the sign of the zeros of masked tokens.
+        assert got[1].any() and all(map(torch.equal, got[1:4], expected[1:4]))
+        # Sums of float64 in another order, each rounded once.
+        assert torch.allclose(got[4], expected[4], rtol=2e-7, atol=0)
+        assert torch.allclose(got[0], expected[0], rtol=2e-7, atol=1e-12)
+
+
+@interpreted
+def test_programs_that_take_several_tiles(monkeypatch):
+    for rows, cols in ((400, 3), (1, 1300)):
+        tokens = make_tokens(rows, cols, torch.float32)
+        calls = []
+        for most in (4096, 2):
+            monkeypatch.setattr(triton_objective, "_MOST_PROGRAMS", most)
+            calls.append(call_objective(triton_objective.policy_loss, tokens, SCALARS["GPG"][0], [1.0] * 8))
+        assert bitwise_equal(calls[0][1:4], calls[1][1:4])
+        for x, y in zip(*calls):
+            assert torch.allclose(x, y, rtol=1e-6, atol=0)
+    lows, highs = [0.5, 0.9], [1.0, 2.0] * 17  # more than one program takes
+    few, many = triton_objective.bound_sums(*tokens[:4], lows, highs), reference.bound_sums(*tokens[:4], lows, highs)
+    assert torch.allclose(few, many, rtol=1e-6, atol=0)
+
+
+@interpreted
+def test_levels_arrive_exactly():
+    for x in (0.6, 0.1, 1 / 3, 1.2 + 16 * 0.05, 2.0, 1e-30, 123456789.123456789):
+        high, middle, low = triton_objective._three_floats(x)
+        assert (high + middle) + low == x
+        assert all(torch.tensor(part, dtype=torch.float32).item() == part for part in (high, middle, low))
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_rows_at_every_alignment_give_the_same_bits(dtype):
+    V = 75
+    own = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 2, V + 5, generator=own).to(dtype)[..., :V].contiguous()
+    tokens, mask = torch.tensor([[3, V - 1]]), None
+    g, h = torch.randn(2, 1, 2, generator=own)
+    results = []
+    for start in (0, 1, 3, 16 // logits.itemsize - 1):
+        for shift in (0, 2):  # of the output, relative to the logits
+            pad = V + 16 // logits.itemsize - V % (16 // logits.itemsize)  # rows are aligned alike
+            space, other = torch.zeros(2, 1, 2, pad + 16, dtype=dtype).unbind()
+            x, out = space[..., start : start + V].copy_(logits), other[..., start + shift : start + shift + V]
+            logp, entropy, softmax = triton_logits.logits_forward(x, tokens, mask, 0.7)
+            triton_logits.logits_backward(x, tokens, softmax, entropy, g, h, 0.7, out)
+            triton_logits.logits_backward(x, tokens, softmax, entropy, g, h, 0.7, x)
+            results.append((logp, entropy, softmax, x.clone(), out.clone()))
+            assert not torch.cat((other[..., : start + shift], other[..., start + shift + V :]), -1).any()
+    for result in results:
+        assert bitwise_equal(result, results[0])
+        assert bitwise_equal([result[3]], [result[4]])
+
+
+@triton.jit
+def token_address_kernel(out_ptr, tile_ptr, sizes_ptr, WIDE: tl.constexpr, TILE: tl.constexpr):
+    """Where token_kernel would look: the address of a token of one byte, and whether it would."""
+    rows, cols, row_stride, col_stride = (
+        tl.load(sizes_ptr), tl.load(sizes_ptr + 1), tl.load(sizes_ptr + 2), tl.load(sizes_ptr + 3),
+    )  # fmt: skip
+    row, col, there = triton_objective.tile_of(tl.load(tile_ptr), rows, cols, WIDE, TILE)
+    own = tl.arange(0, TILE)
+    tl.store(out_ptr + own, row * row_stride + col * col_stride)
+    tl.store(out_ptr + TILE + own, there.to(tl.int64))
+
+
+@interpreted
+@pytest.mark.parametrize("rows, cols", ((2**33, 3), (7, 2**33 + 5), (2**31 + 1, 100)))
+def test_tokens_past_32_bits(rows, cols):
+    tile, strides = 64, (2**20 + 1, 3)
+    wide = cols >= tile
+    height = tile // cols if not wide else 1
+    tiles = -(-rows // height) if not wide else rows * -(-cols // tile)
+    for at in (0, tiles // 2, tiles - 1):
+        out = torch.zeros(2 * tile, dtype=torch.int64)
+        sizes = torch.tensor([rows, cols, *strides])
+        token_address_kernel[(1,)](out, torch.tensor([at]), sizes, WIDE=wide, TILE=tile)
+        lane = torch.arange(tile)
+        row = at // -(-cols // tile) + 0 * lane if wide else at * height + lane // cols
+        col = at % -(-cols // tile) * tile + lane if wide else lane % cols
+        there = col < cols if wide else (lane // cols < height) & (row < rows)
+        assert torch.equal(out[tile:].bool(), there) and bool(there.any())
+        assert torch.equal(out[:tile][there], (row * strides[0] + col * strides[1])[there])
+
+
+@triton.jit
+def logit_address_kernel(out_ptr, numbers_ptr, V_ptr, VECTOR: tl.constexpr, TILE: tl.constexpr):
+    """Where the logits' kernels would look in a row: the addresses of a tile of vectors and of the rest."""
+    row, cols = tl.load(numbers_ptr), tl.load(numbers_ptr + 1)
+    offset = triton_logits.row_offset(row, cols, tl.load(numbers_ptr + 2), tl.load(numbers_ptr + 3))
+    row_ptr = tl.load(numbers_ptr + 4).to(tl.pointer_type(tl.bfloat16)) + offset
+    V = tl.load(V_ptr)
+    head, vectors = triton_logits.split_row(row_ptr, V, 2, VECTOR)
+    first = vectors - 3
+    pointer, there = triton_logits.vectors_at(row_ptr, head, vectors, first, 2, VECTOR, TILE)
+    index, rest_there = triton_logits.rest_at(V, head, vectors, 0, VECTOR, TILE)
+    own = (tl.arange(0, TILE) * VECTOR)[:, None] + tl.arange(0, VECTOR)[None, :]
+    tl.store(out_ptr + own, tl.where(there, pointer.to(tl.int64), 0))
+    tl.store(out_ptr + TILE * VECTOR + tl.arange(0, TILE), tl.where(rest_there, (row_ptr + index).to(tl.int64), 0))
+
+
+@interpreted
+@pytest.mark.parametrize("V", (151_936, 2**31 + 9, 2**32 + 3))
+def test_logits_past_32_bits(V):
+    base, cols, strides = 2**44, 5, (2**37 + 1, 2**34 + 3)
+    for row in (0, 4, 70_001):
+        out = torch.zeros(4 * 8 + 4 * 8, dtype=torch.int64)
+        numbers = torch.tensor([row, cols, *strides, base])
+        logit_address_kernel[(1,)](out, numbers, torch.tensor([V]), VECTOR=8, TILE=4)
+        begin = base + 2 * (row // cols * strides[0] + row % cols * strides[1])
+        head = -(begin // 2) % 8
+        vectors = (V - head) // 8
+        whole = begin + 2 * (head + 8 * (vectors - 3) + torch.arange(24))
+        assert torch.equal(out[:24], whole) and not out[24:32].any()
+        rest = [begin + 2 * i for i in (*range(head), *range(head + 8 * vectors, V))]
+        assert out[32:36].tolist() == (rest + [0] * 4)[:4]
 
 
 # ---------------------------------------------------------------- host_table.py against the operator

@@ -103,4 +103,15 @@ __device__ __forceinline__ double block_sum(double x, double* fold) {
   return sum;
 }
 
+// The same over a block of as many whole warps as it was launched with.
+__device__ __forceinline__ double block_sum(double x, double* fold) {
+  x = warp_sum(x);
+  __syncthreads();
+  if (threadIdx.x % kWarp == 0) fold[threadIdx.x / kWarp] = x;
+  __syncthreads();
+  double sum = 0;
+  for (unsigned warp = 0; warp < blockDim.x / kWarp; ++warp) sum += fold[warp];
+  return sum;
+}
+
 }  // namespace fca

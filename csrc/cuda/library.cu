@@ -1,4 +1,5 @@
-// The CUDA operators, by the phases of a step. Their tensors are described in fused_clip_adam/backends/device_table.py.
+// The CUDA operators: by the phases of a step, whose tensors are described in fused_clip_adam/backends/device_table.py;
+// then the objective, see cuda_objective.py there.
 #include <string>
 
 #include "device.h"
@@ -25,6 +26,22 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_clip_adam, m) {
       "cuda_update_(Tensor fixed, Tensor fresh, int chunks_at, int first_chunk, int chunks, int chunk_size, "
       "int param_dtype, int grad_dtype, int state_dtype, Tensor scalars, bool coupled, bool amsgrad, int overshoot, "
       "int block, Tensor(a!)? grad_square_sum, Tensor(b!) partials, Tensor(c!) finished) -> ()");
+  m.def(
+      "cuda_policy_loss(Tensor logp, Tensor old_logp, Tensor advantages, Tensor? mask, Tensor? weights, Tensor? aux, "
+      "Tensor? ref_logp, Tensor? entropy, Tensor? sequence_ids, Tensor? sequence_order, Tensor? sequence_offsets, "
+      "int num_sequences, int rule, float[] scalars, Tensor? bounds, int aggregation, float normalizer, "
+      "Tensor? normalizer_tensor, float kl_coef, int kl_estimator, float entropy_coef, Tensor(a!) loss, "
+      "Tensor(b!) grad, Tensor(c!) grad_entropy, Tensor(d!) scale, Tensor(e!) stats, Tensor(f!) sequences, "
+      "Tensor(g!) partials) -> ()");
+  m.def(
+      "cuda_bound_sums(Tensor logp, Tensor old_logp, Tensor advantages, Tensor? mask, float[] lows, float[] highs, "
+      "Tensor(a!) partials, Tensor(b!) out) -> ()");
+  m.def(
+      "cuda_logits_forward(Tensor logits, Tensor tokens, Tensor? mask, float inv_temperature, Tensor(a!) logp, "
+      "Tensor(b!) entropy, Tensor(c!) softmax) -> ()");
+  m.def(
+      "cuda_logits_backward(Tensor logits, Tensor tokens, Tensor softmax, Tensor entropy, Tensor grad_logp, "
+      "Tensor? grad_entropy, float inv_temperature, Tensor(a!) out) -> ()");
   m.def("cuda_build(bool unused) -> str");
 }
 

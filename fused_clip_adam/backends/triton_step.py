@@ -11,8 +11,6 @@ Kernels change their operands in place, so nothing here is autotuned: a trial ru
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -25,52 +23,27 @@ from fused_clip_adam.backends.reference_step import ALIGN_BLOCK as _ALIGN_BLOCK
 from fused_clip_adam.backends.reference_step import ALIGN_ELEMENT as _ALIGN_ELEMENT
 from fused_clip_adam.backends.reference_step import CAUTIOUS as _CAUTIOUS
 from fused_clip_adam.backends.reference_step import DAMP as _DAMP
-
-try:
-    import triton
-    import triton.language as tl
-
-    _import_error = ""
-except ImportError as error:  # the module still imports, so that `unavailable` can say why
-    _import_error = str(error)
-
-    class _Absent:
-        """Stands in for triton and triton.language in decorators and constants."""
-
-        float64 = float32 = bfloat16 = float16 = None
-
-        def jit(self, function=None, **options):
-            return function if function is not None else lambda function: function
-
-        def constexpr(self, value):
-            return value
-
-    triton = tl = _Absent()
+from fused_clip_adam.backends.triton_math import (
+    BYTES,
+    TYPES,
+    bound,
+    divide,
+    launch_kernel,
+    load_as,
+    square_root,
+    store_as,
+    sum_in_order,
+    tl,
+    triton,
+    unavailable,
+)
 
 __all__ = ["ON_DEVICE", "grad_square_sums", "place", "prologue", "tensor_table", "unavailable", "update_"]
 
 ON_DEVICE = True
 """The kernels advance `step` and read a learning rate where they are: on the device."""
 
-INTERPRETED = tl.constexpr(bool(not _import_error and triton.knobs.runtime.interpret))
-"""Read once, as triton.jit does when it decorates the kernels below."""
-
 tensor_table = host_table.tensor_table if native.unavailable() else native.tensor_table
-
-
-def unavailable() -> str:
-    """Why the Triton kernels cannot run here and what to do, or ""."""
-    if _import_error:
-        return f"the package triton does not import ({_import_error}); on Linux: pip install triton"
-    if INTERPRETED:
-        return ""
-    if not torch.cuda.is_available():
-        return (
-            "torch sees no CUDA or ROCm device; install a torch build for your GPU and its driver "
-            "(TRITON_INTERPRET=1, set before Python starts, runs the kernels slowly on CPU tensors)"
-        )
-    return ""
-
 
 # ---------------------------------------------------------------- layouts: csrc/table.h, device_table.py
 
@@ -84,42 +57,7 @@ SCALARS = tl.constexpr(_SCALAR_WORDS)
 DAMP = tl.constexpr(_DAMP)
 ALIGN_BLOCK, ALIGN_ELEMENT, CAUTIOUS = map(tl.constexpr, (_ALIGN_BLOCK, _ALIGN_ELEMENT, _CAUTIOUS))
 
-# ---------------------------------------------------------------- one element: storage <-> arithmetic, the update
-
-
-@triton.jit
-def load_as(x, T: tl.constexpr):
-    if INTERPRETED and x.dtype.is_bf16():  # kept there as its bits, which are truncated where they should be rounded
-        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    else:
-        return x.to(T)
-
-
-@triton.jit
-def store_as(x, S: tl.constexpr):
-    if INTERPRETED and S.is_bf16():
-        bits = x.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        rounded = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded)
-        return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        return x.to(S)
-
-
-@triton.jit
-def divide(x, y):
-    if x.dtype == tl.float64:
-        return x / y
-    else:
-        return tl.div_rn(x, y)  # `/` is an approximation for float32. Triton 3.5 takes subnormal numbers for 0 in both
-
-
-@triton.jit
-def square_root(x):
-    if x.dtype == tl.float64:
-        return tl.sqrt(x)
-    else:
-        return tl.sqrt_rn(x)
+# ---------------------------------------------------------------- the update of one element
 
 
 @triton.jit
@@ -177,15 +115,6 @@ def update_element(
 
 
 # ---------------------------------------------------------------- where elements lie
-
-
-@triton.jit
-def bound(x):
-    """A scalar as the bound of a loop."""
-    if INTERPRETED:
-        # The interpreter's scalars are arrays of one element, which NumPy 2.4 and later no longer takes for integers.
-        return x if isinstance(x, int) else x.handle.data.item()
-    return x
 
 
 @triton.jit
@@ -414,17 +343,6 @@ def update_tile(
 
 
 # ---------------------------------------------------------------- phase 1: sums of squares
-
-
-@triton.jit
-def sum_in_order(partials_ptr, n, TILE: tl.constexpr):
-    """Sum of n float64 in an order that depends on n alone."""
-    lane = tl.arange(0, TILE)
-    total = tl.zeros([TILE], tl.float64)
-    for i in range(0, bound(n), TILE):
-        # .cg: other programs have just written them, and the first-level cache of this one may not know.
-        total += tl.load(partials_ptr + i + lane, mask=i + lane < n, other=0.0, cache_modifier=".cg")
-    return tl.sum(total)
 
 
 @triton.jit(do_not_specialize=["fixed_ptr", "fresh_ptr", "partials_ptr", "chunks_at", "first_chunk", "chunk_size"])
@@ -762,10 +680,6 @@ def update_kernel(
 
 # ---------------------------------------------------------------- launches
 
-_TYPES = (tl.float64, tl.float32, tl.bfloat16, tl.float16)
-"""By enum DType of csrc/table.h."""
-_BYTES = (8, 4, 2, 2)
-
 _WARPS = 4
 _THREADS = _WARPS * (64 if torch.version.hip else 32)
 _UPDATE_ACCESSES = {8: 1, 4: 2, 2: 1}
@@ -785,7 +699,7 @@ _PROLOGUE_ROWS, _PROLOGUE_SUMS, _PROLOGUE_WARPS = 256, 2048, 8
 
 def _update_shape(dtypes: tuple[int, int, int], overshoot: int, block: int) -> dict[str, int]:
     """The constants of update_kernel that follow from sizes."""
-    widest = max(_BYTES[code] for code in dtypes)
+    widest = max(BYTES[code] for code in dtypes)
     tile, gate = _THREADS * _UPDATE_ACCESSES[widest] * (16 // widest), 0
     power = 1 << (block - 1).bit_length()
     if overshoot == _ALIGN_BLOCK and block <= (tile if power == block else _TAIL):
@@ -795,25 +709,9 @@ def _update_shape(dtypes: tuple[int, int, int], overshoot: int, block: int) -> d
     return shape if torch.version.hip else {**shape, "maxnreg": _MOST_REGISTERS[widest]}
 
 
-def _launch(kernel, grid: int, device: torch.device, *arguments: Any, **options: Any) -> None:
-    """Launches on the current stream of `device`.
-
-    Raises:
-        RuntimeError: names the kernel; whatever Triton raised is its cause.
-    """
-    try:
-        if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
-            with torch.cuda.device(device):
-                kernel[(grid,)](*arguments, **options)
-        else:
-            kernel[(grid,)](*arguments, **options)
-    except Exception as error:
-        raise RuntimeError(f"Triton kernel {kernel.fn.__name__} could not be launched: {error}") from error
-
-
 def _norm(placed: DeviceTables, launch: Launch) -> None:
     grad = launch.dtypes[1]
-    _launch(
+    launch_kernel(
         norm_kernel,
         launch.chunks,
         placed.device,
@@ -823,12 +721,12 @@ def _norm(placed: DeviceTables, launch: Launch) -> None:
         placed.chunks_at,
         launch.first_chunk,
         launch.chunk_size,
-        G_TYPE=_TYPES[grad],
-        T=_TYPES[0 if grad == 0 else 1],
+        G_TYPE=TYPES[grad],
+        T=TYPES[0 if grad == 0 else 1],
         STRIDED=launch.strided,
-        TILE=_THREADS * _NORM_ACCESSES * (16 // _BYTES[grad]),
+        TILE=_THREADS * _NORM_ACCESSES * (16 // BYTES[grad]),
         TAIL=_TAIL,
-        VECTOR=16 // _BYTES[grad],
+        VECTOR=16 // BYTES[grad],
         num_warps=_WARPS,
         # Squares of float32 are exact in float64, so that a fused multiply-add changes no bit and halves the work.
         enable_fp_fusion=grad != 0,
@@ -853,7 +751,7 @@ def prologue(
     skip_nonfinite: bool,
 ) -> None:
     """Phase 2, see reference_step.py. Steps and bias weights advance here; scalars go to `placed.scalars`."""
-    _launch(
+    launch_kernel(
         prologue_kernel,
         1,
         placed.device,
@@ -891,7 +789,7 @@ def update_(
         if launch.batch != batch:
             continue
         param, grad, state = launch.dtypes
-        _launch(
+        launch_kernel(
             update_kernel,
             launch.chunks,
             placed.device,
@@ -906,10 +804,10 @@ def update_(
             launch.chunks,
             launch.chunk_size,
             block,
-            P_TYPE=_TYPES[param],
-            G_TYPE=_TYPES[grad],
-            S_TYPE=_TYPES[state],
-            T=_TYPES[0 if param == 0 else 1],
+            P_TYPE=TYPES[param],
+            G_TYPE=TYPES[grad],
+            S_TYPE=TYPES[state],
+            T=TYPES[0 if param == 0 else 1],
             RULE=overshoot,
             AMSGRAD=amsgrad,
             COUPLED=coupled,

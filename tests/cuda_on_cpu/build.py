@@ -1,6 +1,6 @@
 """Compiles csrc/cuda/*.cu as C++ for the CPU: python tests/cuda_on_cpu/build.py [--sanitize]
 
-Prints the path of the library, built again only where a source has changed. FUSED_CLIP_ADAM_CUDA_LIBRARY set to that
+Prints the path of the library; only what has changed is compiled again. FUSED_CLIP_ADAM_CUDA_LIBRARY set to that
 path makes backend="cuda" run on CPU tensors; tests/conftest.py does so where there is no GPU.
 """
 
@@ -54,26 +54,38 @@ def build(sanitize: bool = False) -> Path:
     flags = [*FLAGS, *(SANITIZERS if sanitize else []), "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     headers = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.h"), *Path(__file__).parent.glob("*.h")]
-    state = hashlib.sha256(" ".join([command, *flags, *includes]).encode())
-    for path in sorted([*sources, *headers]):
-        state.update(path.read_bytes())
+    shared = hashlib.sha256(" ".join([command, *flags, *includes]).encode())
+    for path in sorted(headers):
+        shared.update(path.read_bytes())
+
+    def state(source: Path) -> str:
+        own = shared.copy()
+        own.update(source.read_bytes())
+        return own.hexdigest()
+
+    wanted = {source: state(source) for source in sources}
+    everything = "\n".join(wanted.values())
     stamp = folder / "stamp"
-    if library.exists() and stamp.exists() and stamp.read_text() == state.hexdigest():
+    if library.exists() and stamp.exists() and stamp.read_text() == everything:
         return library
 
     print(f"building {library.relative_to(ROOT)} (about a minute)", file=sys.stderr, flush=True)
 
     def compile_one(source: Path) -> Path:
-        target = folder / f"{source.stem}.o"
+        target, own_stamp = folder / f"{source.stem}.o", folder / f"{source.stem}.stamp"
+        if target.exists() and own_stamp.exists() and own_stamp.read_text() == wanted[source]:
+            return target
+        own_stamp.unlink(missing_ok=True)
         include_flags = [word for path in includes for word in ("-I", path)]
         run([*command.split(), "-c", *flags, *include_flags, "-x", "c++", str(source), "-o", str(target)])
+        own_stamp.write_text(wanted[source])
         return target
 
     with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         objects = [str(path) for path in pool.map(compile_one, sources)]
     link = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch", "-ltorch_cpu", "-lc10"]
     run([*command.split(), "-shared", *(SANITIZERS if sanitize else []), *objects, "-o", str(library), *link])
-    stamp.write_text(state.hexdigest())
+    stamp.write_text(everything)
     return library
 
 
