@@ -39,7 +39,27 @@ FCA_INLINE constexpr bool has_sequence_ratio(Rule rule) { return rule == Rule::G
 // The rule reads a number gathered from the token's sequence first.
 FCA_INLINE constexpr bool needs_sequence(Rule rule) { return has_sequence_ratio(rule) || rule == Rule::VESPO; }
 
+enum class Aggregation : int64_t { TOKEN_MEAN = 0, SEQUENCE_MEAN = 1, SEQUENCE_SUM = 2, CONSTANT = 3 };
 enum class KlEstimator : int64_t { NONE = 0, K1 = 1, K2 = 2, K3 = 3, K3_PLUS = 4 };
+
+// The layout of ClipStats.buffer (objectives/stats.py holds the same order).
+enum Stat : int {
+  TOKENS,
+  CLIPPED_LOW,
+  CLIPPED_HIGH,
+  CLIPPED_DUAL,
+  SUPPRESSED_MASS,
+  TOTAL_MASS,
+  KL_K1,
+  KL_K2,
+  KL_K3,
+  RATIO_SUM,
+  RATIO_SQ_SUM,
+  RATIO_MIN,
+  RATIO_MAX,
+  NONFINITE,
+  kStats
+};
 
 // Where a log-ratio enters exp it is first clamped to this: e^20 ~ 4.9e8 stays far from overflow in every sum below.
 constexpr double kMaxLogRatio = 20.0;

@@ -11,6 +11,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from fast_interpreter import fast_interpreter
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda_on_cpu"))
 
@@ -29,3 +30,9 @@ if not torch.cuda.is_available():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _fast_interpreter():
+    with fast_interpreter():
+        yield

@@ -10,7 +10,6 @@ import sys
 
 import pytest
 import torch
-from fast_interpreter import fast_interpreter
 from objective_cases import (
     AGGREGATIONS,
     ESTIMATORS,
@@ -39,12 +38,6 @@ INTERPRETED = tuple(b for b in EMULATED if b == "triton")  # takes milliseconds 
 BACKENDS = ("cpu", "reference", *(b for b in TARGETS if b not in INTERPRETED))
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 EXACT = dict(rtol=1e-12, atol=1e-12)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _fast_interpreter():
-    with fast_interpreter():
-        yield
 
 
 @pytest.fixture(params=[with_marks(b) for b in BACKENDS])

@@ -14,7 +14,6 @@ import os
 import pytest
 import torch
 from cases import CLASSES, RULES, bitwise_equal, largest_error, make_grads, make_params, results, run, tolerance
-from fast_interpreter import fast_interpreter
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -54,12 +53,6 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
     monkeypatch.setattr(device_table, "_CHUNK_SMALL", CHUNK)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _fast():
-    with fast_interpreter():
-        yield
 
 
 def train(backend: str, params, grads, *, cls=fca.FusedClipAdamW, groups=None, between=None, **options):

@@ -20,27 +20,6 @@ namespace {
 constexpr int64_t kTokens = 256;        // a tile: some twenty arrays of it live in L1 (float) or L2 (double)
 constexpr int64_t kUnit = 8 * kTokens;  // the unit of parallel work, within one row
 
-enum class Aggregation : int64_t { TOKEN_MEAN = 0, SEQUENCE_MEAN = 1, SEQUENCE_SUM = 2, CONSTANT = 3 };
-
-// The layout of ClipStats.buffer (objectives/stats.py holds the same order).
-enum Stat : int64_t {
-  TOKENS,
-  CLIPPED_LOW,
-  CLIPPED_HIGH,
-  CLIPPED_DUAL,
-  SUPPRESSED_MASS,
-  TOTAL_MASS,
-  KL_K1,
-  KL_K2,
-  KL_K3,
-  RATIO_SUM,
-  RATIO_SQ_SUM,
-  RATIO_MIN,
-  RATIO_MAX,
-  NONFINITE,
-  kStats
-};
-
 struct Matrix {
   const char* data = nullptr;
   DType dtype = DType::F32;

@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <cstdlib>
+#include <optional>
 
 #include "../check_args.h"
 #include "../update_math.h"
@@ -38,6 +39,24 @@ struct TensorScalars {
 };
 constexpr int64_t kTensorScalars = sizeof(TensorScalars) / sizeof(double);
 static_assert(kTensorScalars == 16, "SCALARS of fused_clip_adam/backends/device_table.py");
+
+// A 0-d float32 or float64 tensor; null: absent.
+struct DeviceScalar {
+  const void* data;
+  bool is_f64;
+  __device__ __forceinline__ double read(double absent) const {
+    if (data == nullptr) return absent;
+    return is_f64 ? *static_cast<const double*>(data) : *static_cast<const float*>(data);
+  }
+};
+
+inline DeviceScalar device_scalar(const std::optional<Tensor>& tensor, const char* name) {
+  if (!tensor) return {nullptr, false};
+  check(tensor->numel() == 1, name, " must hold one element, got ", tensor->numel());
+  const DType dtype = floating_dtype(*tensor, name);
+  check(dtype == DType::F64 || dtype == DType::F32, name, " must be float32 or float64");
+  return {tensor->const_data_ptr(), dtype == DType::F64};
+}
 
 struct Chunk {
   int64_t row, begin;

@@ -23,28 +23,8 @@ constexpr int kHeld = 2;  // tokens of a thread whose loads are under way togeth
 constexpr int kTile = kHeld * kThreads;
 constexpr int kMostSequenceThreads = 512;
 
-enum class Aggregation : int64_t { TOKEN_MEAN = 0, SEQUENCE_MEAN = 1, SEQUENCE_SUM = 2, CONSTANT = 3 };
-
-// The layout of ClipStats.buffer (objectives/stats.py holds the same order), and behind it the sum of the loss.
-enum Stat : int {
-  TOKENS,
-  CLIPPED_LOW,
-  CLIPPED_HIGH,
-  CLIPPED_DUAL,
-  SUPPRESSED_MASS,
-  TOTAL_MASS,
-  KL_K1,
-  KL_K2,
-  KL_K3,
-  RATIO_SUM,
-  RATIO_SQ_SUM,
-  RATIO_MIN,
-  RATIO_MAX,
-  NONFINITE,
-  kStats,
-  LOSS = kStats,
-  kSums
-};
+// What a block leaves: the statistics, and behind them the sum of the loss.
+constexpr int LOSS = kStats, kSums = kStats + 1;
 template <typename T>
 constexpr T kGreatest = std::numeric_limits<T>::max();
 constexpr int kFinishThreads = 512;
@@ -84,9 +64,8 @@ struct Work {
   RuleScalars<T> scalars;
   const double* bounds;  // null, or what replaces low and high
   Aggregation aggregation;
-  double normalizer;            // 0: none given
-  const void* normalizer_data;  // null, or what replaces it
-  bool normalizer_is_f64;
+  double normalizer;               // 0: none given
+  DeviceScalar normalizer_tensor;  // what replaces it, where given
   T kl_coef, entropy_coef;
   KlEstimator kl;
 
@@ -104,11 +83,7 @@ struct Work {
     return p;
   }
 
-  __device__ __forceinline__ double given_normalizer() const {
-    if (normalizer_data == nullptr) return normalizer;
-    return normalizer_is_f64 ? *static_cast<const double*>(normalizer_data)
-                             : *static_cast<const float*>(normalizer_data);
-  }
+  __device__ __forceinline__ double given_normalizer() const { return normalizer_tensor.read(normalizer); }
 
   // Where a token's loss and gradient saturate: times 1 / normalizer they must still be finite.
   __device__ __forceinline__ T token_limit() const {
@@ -524,7 +499,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(const __grid_con
   }
   __syncthreads();
   double normalizer = work.given_normalizer();
-  if (work.normalizer_data == nullptr && !(normalizer > 0)) {
+  if (work.normalizer_tensor.data == nullptr && !(normalizer > 0)) {
     const double count =
         work.aggregation == Aggregation::TOKEN_MEAN ? sums[TOKENS] : static_cast<double>(work.num_sequences);
     normalizer = count > 1.0 ? count : 1.0;
@@ -687,13 +662,7 @@ void run(const Arguments& in) {
   }
   work.aggregation = static_cast<Aggregation>(in.aggregation);
   work.normalizer = in.normalizer;
-  if (in.normalizer_tensor) {
-    const DType dtype = floating_dtype(*in.normalizer_tensor, "normalizer");
-    check(in.normalizer_tensor->numel() == 1 && (dtype == DType::F64 || dtype == DType::F32),
-          "normalizer must be a float32 or float64 tensor of one element");
-    work.normalizer_data = in.normalizer_tensor->const_data_ptr();
-    work.normalizer_is_f64 = dtype == DType::F64;
-  }
+  work.normalizer_tensor = device_scalar(in.normalizer_tensor, "normalizer");
   work.kl_coef = static_cast<T>(in.kl_coef);
   work.kl = static_cast<KlEstimator>(in.kl_estimator);
   work.entropy_coef = static_cast<T>(in.entropy_coef);

@@ -9,24 +9,6 @@ namespace {
 
 constexpr int kPrologueThreads = 512;
 
-// A 0-d float32 or float64 tensor; null: absent.
-struct DeviceScalar {
-  const void* data;
-  bool is_f64;
-  __device__ __forceinline__ double read(double absent) const {
-    if (data == nullptr) return absent;
-    return is_f64 ? *static_cast<const double*>(data) : *static_cast<const float*>(data);
-  }
-};
-
-DeviceScalar device_scalar(const std::optional<Tensor>& tensor, const char* name) {
-  if (!tensor) return {nullptr, false};
-  check(tensor->numel() == 1, name, " must hold one element, got ", tensor->numel());
-  const DType dtype = floating_dtype(*tensor, name);
-  check(dtype == DType::F64 || dtype == DType::F32, name, " must be float32 or float64");
-  return {tensor->const_data_ptr(), dtype == DType::F64};
-}
-
 struct Signals {
   const double* square_sums;  // null: no rule needs the norm before the update
   int64_t square_sums_count;

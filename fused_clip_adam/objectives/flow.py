@@ -20,7 +20,8 @@ class GRPOGuard(Objective):
 
     Needs `mu=`, `mu_old=`: logp's shape and any number of dimensions after it, over which the mean is taken;
     `sigma_t=`, `dt=`: positive numbers or tensors that broadcast to logp's shape. A reference KL is not offered: logp
-    here is not the log-probability of a token.
+    here is not the log-probability of a token. The gradient of a float16 logp can overflow
+    to infinity, as in any autograd graph.
 
     Args:
         clip_low, clip_high: distances of the bounds from 1; small, and the field has no common default.
@@ -57,6 +58,8 @@ class GRPOGuard(Objective):
         s = sigma_t * dt.sqrt()
         shifted = (logp - old_logp + move.square().mean(2) / (2 * s * s)) * s
         weights = 1.0 / dt if inputs.weights is None else inputs.weights.to(dtype) / dt
+        if inputs.weights is not None:  # a quotient that overflows is no reason to leave the token out
+            weights = torch.where(inputs.weights.isfinite(), rules.saturate(weights), weights)
         return inputs.replace(
             logp=torch.where(valid, shifted, torch.nan),
             old_logp=torch.zeros_like(logp),

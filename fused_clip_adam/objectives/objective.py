@@ -68,7 +68,7 @@ class Inputs:
 
     def counted(self) -> Tensor:
         """bool [rows, cols]: the tokens that the kernels will count: unmasked, and every input finite."""
-        total = self.logp.detach() - self.old_logp
+        total = self.logp.detach().to(self.dtype) - self.old_logp.to(self.dtype)
         for x in (self.advantages, self.weights, self.ref_logp, self.entropy):
             total = total if x is None else total + 0 * x  # 0 * x is 0 where x is finite, else NaN
         valid = total.isfinite()

@@ -26,7 +26,7 @@ FIELDS = (
     "ratio_max",
     "nonfinite",
 )
-"""Order of the buffer; csrc/cpu/objective.cpp holds the same."""
+"""Order of the buffer; csrc/objective_math.h holds the same."""
 
 
 class DeviceStats:
