@@ -415,6 +415,7 @@ print(run(96, torch.bfloat16, True), run(192, torch.float32, True), run(256, tor
 
 
 @needs_native
+@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer keeps freed memory")
 def test_peak_memory():
     """The logits, and for the out-of-place backward their gradient; [rows] beside them is nothing."""
     paths = [str(pathlib.Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
