@@ -7,14 +7,13 @@ import math
 import torch
 from torch import Tensor
 
+from fused_clip_adam.backends.reference_objective import MAX_LOG_RATIO, saturate
 from fused_clip_adam.objectives.groups import Groups, arithmetic, check_ids
 from fused_clip_adam.objectives.losses import check_mask, check_tensor
 from fused_clip_adam.objectives.objective import number
 from fused_clip_adam.objectives.stats import DeviceStats
 
 MODES = ("token-truncate", "token-mask", "sequence-truncate", "sequence-mask")
-MAX_LOG_RATIO = 20.0
-MOST = 2.0**960  # infinite log-ratios are summed as this
 
 
 class RolloutStats(DeviceStats):
@@ -118,7 +117,7 @@ def rollout_weights(
 
     D = torch.where(mask, logp.double() - rollout_logp.double(), 0.0)
     finite = D.isfinite()
-    D = D.nan_to_num(nan=0.0).clamp(-MOST, MOST)
+    D = saturate(D.nan_to_num(nan=0.0))  # infinite log-ratios are summed as 2^960
     log_ratio = D if groups is None else groups.spread(groups.reduce(D.reshape(-1), "sum")).reshape(D.shape)
     r = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     below, above = mask & (r < least), mask & (r > most)
