@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 import fused_clip_adam as fca
+from fused_clip_adam import backends
+from fused_clip_adam.backends import cuda
 
 SHAPES = {
     "0-d": (),
@@ -119,3 +123,18 @@ def assert_rounded_once(got, expected, dtype):
         error = (x.double() - y.double()).abs()
         bound = y.double().abs() * torch.finfo(x.dtype).eps + y.double().abs().amax() * 4e-7 if y.numel() else error
         assert bool((error <= bound + floor).all()), (x, y)
+
+
+def gpu_targets() -> dict[str, str]:
+    """GPU backend -> device type of its tensors, for every one that can run in this process.
+
+    On a GPU both run there. Without one (conftest.py) they take CPU tensors: the CUDA sources as C++, Triton's
+    interpreter. Both are slow then.
+    """
+    on_gpu = torch.cuda.is_available()
+    found = {name: device for name in ("cuda",) for device in cuda.devices() if device == "cpu" or on_gpu}
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        found["triton"] = "cpu"
+    elif on_gpu and not backends._unavailable("triton"):
+        found["triton"] = "cuda"
+    return found

@@ -5,16 +5,15 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-import os
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from cases import gpu_targets
 from torch import Tensor
 
 import fused_clip_adam as fca
-from fused_clip_adam import backends
-from fused_clip_adam.backends import cuda, native
+from fused_clip_adam.backends import native
 
 OBJECTIVES = {
     "ppo": fca.PPO(),
@@ -76,21 +75,6 @@ SHARED_OVER_RANKS = ("bapo", "aepo strong")  # these read the whole batch: `proc
 
 # Where trainers fail: ends of exp's clamp, ends of float32, what is not a number, and exact zeros.
 EXTREMES = (0.0, -0.0, 20.0, -20.0, 100.0, -100.0, 1e-20, 1e38, -1e38, 3.4e38, -3.4e38, math.inf, -math.inf, math.nan)
-
-
-def gpu_targets() -> dict[str, str]:
-    """GPU backend -> device type of its tensors, for every one that can run in this process.
-
-    On a GPU both run there. Without one (conftest.py) they take CPU tensors: the CUDA sources as C++, Triton's
-    interpreter. Both are slow then.
-    """
-    on_gpu = torch.cuda.is_available()
-    found = {name: device for name in ("cuda",) for device in cuda.devices() if device == "cpu" or on_gpu}
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        found["triton"] = "cpu"
-    elif on_gpu and not backends._unavailable("triton"):
-        found["triton"] = "cuda"
-    return found
 
 
 def on_device_of(backend: str, *values: Any) -> Any:

@@ -7,7 +7,6 @@ interpreter, both on CPU tensors (conftest.py).
 from __future__ import annotations
 
 import copy
-import os
 
 import pytest
 import torch
@@ -15,7 +14,9 @@ from cases import (
     CLASSES,
     RULES,
     SHAPES,
+    assert_rounded_once,
     bitwise_equal,
+    gpu_targets,
     largest_error,
     make_grads,
     make_params,
@@ -28,23 +29,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fused_clip_adam as fca
-from fused_clip_adam import backends
-from fused_clip_adam.backends import cuda, device_table
+from fused_clip_adam.backends import device_table
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def targets() -> list[tuple[str, str]]:
-    """(backend, device type) of every GPU backend that can run in this process."""
-    found = [("cuda", device) for device in cuda.devices() if device == "cpu" or torch.cuda.is_available()]
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        found.append(("triton", "cpu"))
-    elif torch.cuda.is_available() and not backends._unavailable("triton"):
-        found.append(("triton", "cuda"))
-    return found
-
-
-TARGETS = targets()
+TARGETS = list(gpu_targets().items())
 if not TARGETS:
     pytest.skip("no GPU backend can run here: no GPU, no C++ compiler, no Triton", allow_module_level=True)
 on_targets = pytest.mark.parametrize("backend, device", TARGETS)
@@ -115,11 +105,7 @@ def test_narrow_storage_is_rounded_once(backend, device, dtype, grad_dtype, stat
 
     got = one_step([p.to(device) for p in params], backend=backend, state_dtype=state_dtype)
     expected = one_step([p.double() for p in params], backend="reference")
-    floor = 2**-25 if dtype == torch.float16 else 0.0  # half of float16's subnormal step
-    for x, y in zip(got, expected, strict=True):
-        error = (x.double() - y.double()).abs()
-        bound = y.double().abs() * torch.finfo(x.dtype).eps + y.double().abs().amax() * 4e-7 if y.numel() else error
-        assert bool((error <= bound + floor).all()), (x, y)
+    assert_rounded_once(got, expected, dtype)
 
 
 # ---------------------------------------------------------------- layouts

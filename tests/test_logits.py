@@ -10,11 +10,11 @@ import sys
 
 import pytest
 import torch
+from cases import gpu_targets
 from objective_cases import (
     AGGREGATIONS,
     ESTIMATORS,
     OBJECTIVES,
-    gpu_targets,
     make_logits_batch,
     on_device_of,
     plain_loss,

@@ -13,6 +13,7 @@ import sys
 
 import pytest
 import torch
+from cases import gpu_targets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from objective_cases import (
@@ -33,7 +34,6 @@ from objective_cases import (
     default_aggregation,
     digest,
     dropped,
-    gpu_targets,
     lengths,
     make_batch,
     make_wild_batch,
