@@ -368,7 +368,7 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("function, args, options, error, match", ERRORS, ids=str)
+@pytest.mark.parametrize("function, args, options, error, match", ERRORS, ids=range(len(ERRORS)))
 def test_wrong_arguments(function, args, options, error, match):
     with pytest.raises(error, match=match):
         function(*args, **options)
