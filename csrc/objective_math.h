@@ -93,6 +93,12 @@ FCA_INLINE T saturate(T x, T most = saturation(T())) {
   return clip(x, -most, most);
 }
 
+// The same of what is never negative.
+template <typename T>
+FCA_INLINE T at_most(T x, T most = saturation(T())) {
+  return select(x > most, most, x);
+}
+
 template <typename T>
 FCA_INLINE T clamp_log_ratio(T d) {
   return clip(d, T(-kMaxLogRatio), T(kMaxLogRatio));
@@ -101,42 +107,75 @@ FCA_INLINE T clamp_log_ratio(T d) {
 // exp for |x| <= 80 by range reduction to |f| <= ln2/2 and a Taylor polynomial: 2^n e^f, x = n ln2 + f.
 // Branch-free, so that the token loop vectorises on every instruction set and gives the same bits on all of them.
 // The remainder of the degree-7 (float) / degree-13 (double) polynomial is 5e-9 / 4e-18 of the value.
-FCA_INLINE float exp_clamped(float x) {
-  const float t = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: n sits in the low mantissa bits
+template <typename T>
+struct ExpParts {
+  T shifted, n, f;  // n sits in the low mantissa bits of `shifted`; where n is 0, f is x
+  T q;              // (e^f - 1 - f) / f^2
+};
+
+FCA_INLINE ExpParts<float> exp_parts(float x) {
+  const float t = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23
   const float n = t - 12582912.0f;
   float f = x - n * 0.693145751953125f;  // ln2, high part: 16 bits, so that n times it is exact
   f = f - n * 1.42860682030941723212e-6f;
-  float p = 1.0f / 5040;
-  p = p * f + 1.0f / 720;
-  p = p * f + 1.0f / 120;
-  p = p * f + 1.0f / 24;
-  p = p * f + 1.0f / 6;
-  p = p * f + 0.5f;
-  p = p * f + 1.0f;
-  p = p * f + 1.0f;
-  return bit_cast<float>(bit_cast<uint32_t>(p) + (bit_cast<uint32_t>(t) << 23));
+  // Pairs first (Estrin): a third of the wait of Horner's chain, which a loop of long chains is bound by.
+  const float f2 = f * f;
+  const float q =
+      (0.5f + f * (1.0f / 6)) + f2 * ((1.0f / 24 + f * (1.0f / 120)) + f2 * (1.0f / 720 + f * (1.0f / 5040)));
+  return {t, n, f, q};
 }
 
-FCA_INLINE double exp_clamped(double x) {
+FCA_INLINE ExpParts<double> exp_parts(double x) {
   const double t = x * 1.4426950408889634074 + 6755399441055744.0;  // 1.5 * 2^52
   const double n = t - 6755399441055744.0;
   double f = x - n * 6.93147180369123816490e-01;  // ln2, high 32 bits
   f = f - n * 1.90821492927058770002e-10;
-  double p = 1.0 / 6227020800.0;
-  p = p * f + 1.0 / 479001600.0;
-  p = p * f + 1.0 / 39916800.0;
-  p = p * f + 1.0 / 3628800.0;
-  p = p * f + 1.0 / 362880.0;
-  p = p * f + 1.0 / 40320.0;
-  p = p * f + 1.0 / 5040.0;
-  p = p * f + 1.0 / 720.0;
-  p = p * f + 1.0 / 120.0;
-  p = p * f + 1.0 / 24.0;
-  p = p * f + 1.0 / 6.0;
-  p = p * f + 0.5;
-  p = p * f + 1.0;
-  p = p * f + 1.0;
-  return bit_cast<double>(bit_cast<uint64_t>(p) + (bit_cast<uint64_t>(t) << 52));
+  double q = 1.0 / 6227020800.0;
+  q = q * f + 1.0 / 479001600.0;
+  q = q * f + 1.0 / 39916800.0;
+  q = q * f + 1.0 / 3628800.0;
+  q = q * f + 1.0 / 362880.0;
+  q = q * f + 1.0 / 40320.0;
+  q = q * f + 1.0 / 5040.0;
+  q = q * f + 1.0 / 720.0;
+  q = q * f + 1.0 / 120.0;
+  q = q * f + 1.0 / 24.0;
+  q = q * f + 1.0 / 6.0;
+  q = q * f + 0.5;
+  return {t, n, f, q};
+}
+
+FCA_INLINE float times_power_of_2(float x, float shifted) {
+  return bit_cast<float>(bit_cast<uint32_t>(x) + (bit_cast<uint32_t>(shifted) << 23));
+}
+FCA_INLINE double times_power_of_2(double x, double shifted) {
+  return bit_cast<double>(bit_cast<uint64_t>(x) + (bit_cast<uint64_t>(shifted) << 52));
+}
+
+template <typename T>
+FCA_INLINE T exp_of(const ExpParts<T>& e) {
+  return times_power_of_2((e.q * e.f + T(1)) * e.f + T(1), e.shifted);
+}
+
+template <typename T>
+FCA_INLINE T exp_clamped(T x) {
+  return exp_of(exp_parts(x));
+}
+
+// e^x, x clamped as a log-ratio is, and how far it lies beyond 1 + x: near 0, where the difference would keep no digit
+// of the exponential, by the polynomial itself.
+template <typename T>
+struct RatioParts {
+  T ratio, beyond_linear;
+  bool near_zero;
+};
+
+template <typename T>
+FCA_INLINE RatioParts<T> ratio_parts(T x) {
+  const ExpParts<T> e = exp_parts(clamp_log_ratio(x));
+  const T ratio = exp_of(e);
+  const bool near_zero = e.n == T(0);
+  return {ratio, select(near_zero, e.f * e.f * e.q, ratio - T(1) - x), near_zero};
 }
 
 // log for positive normal numbers: x = 2^e m, m in [sqrt(1/2), sqrt(2)); log m = 2 atanh(s), s = (m - 1) / (m + 1), by
@@ -193,32 +232,6 @@ struct Token {
   T clipped_low, clipped_high, clipped_dual;  // 1 or 0
 };
 
-template <typename T>
-FCA_INLINE bool near_zero(T x) {
-  const T half_ln2 = T(0.34657359027997264);  // the range the polynomial is made for
-  return select(x < T(0), -x, x) <= half_ln2;
-}
-
-// e^x - 1 - x, from the polynomial itself near 0, where the difference would keep no digit of the exponential.
-template <typename T>
-FCA_INLINE T exp_beyond_linear(T x, T exp_x) {
-  T q = sizeof(T) == 8 ? T(1.0 / 6227020800.0) : T(0);
-  if (sizeof(T) == 8) {
-    q = q * x + T(1.0 / 479001600.0);
-    q = q * x + T(1.0 / 39916800.0);
-    q = q * x + T(1.0 / 3628800.0);
-    q = q * x + T(1.0 / 362880.0);
-    q = q * x + T(1.0 / 40320.0);
-  }
-  q = q * x + T(1.0 / 5040.0);
-  q = q * x + T(1.0 / 720.0);
-  q = q * x + T(1.0 / 120.0);
-  q = q * x + T(1.0 / 24.0);
-  q = q * x + T(1.0 / 6.0);
-  q = q * x + T(0.5);
-  return select(near_zero(x), x * x * q, exp_x - T(1) - x);
-}
-
 // Probabilities and W weights: e^-80 ~ 2e-35 stands for all that is smaller.
 template <typename T>
 FCA_INLINE T probability(T log_p) {
@@ -237,10 +250,11 @@ FCA_INLINE Token<T> ppo_token(T r, T A, T bound_low, T bound_high, T bound_dual,
   const T most = -bound_dual * A;
 
   const T gain = mask<T>(A > T(0)), harm = mask<T>(A < T(0));
-  const T low = harm * mask<T>(r < bound_low);
-  const T high = gain * mask<T>(r > bound_high);
+  const T under = mask<T>(r < bound_low), over = mask<T>(r > bound_high);
+  const T low = harm * under;
+  const T high = gain * over;
   const T dual = harm * mask<T>(r > bound_dual);
-  const T inside = harm * mask<T>(r >= bound_low) * mask<T>(r <= bound_high);
+  const T inside = harm * (T(1) - under) * (T(1) - over);
   const T flat = low + high + dual + mask<T>(r > bound_cap) * (T(1) - inside);
   const T bounded = select(most < loss, most, loss);
   return {select(A < T(0), bounded, loss), select(flat > T(0), T(0), -A * r), T(1), low, high, dual};
@@ -421,9 +435,8 @@ FCA_INLINE Token<T> token(const TokenInput<T>& t, const RuleScalars<T>& p) {
 // k3+ has k3's value and k2's gradient.
 template <typename T, KlEstimator KL>
 FCA_INLINE void kl_token(T x, T& value, T& grad) {
-  const T e = exp_clamped(clamp_log_ratio(-x));
-  const T k3 = exp_beyond_linear(-x, e);
-  const T slope = select(near_zero(x), x - k3, T(1) - e);
+  const RatioParts<T> e = ratio_parts(-x);
+  const T k3 = e.beyond_linear, slope = select(e.near_zero, x - k3, T(1) - e.ratio);
   value = KL == KlEstimator::K1 ? x : (KL == KlEstimator::K2 ? T(0.5) * x * x : k3);
   grad = KL == KlEstimator::K1 ? T(1) : (KL == KlEstimator::K3 ? slope : x);
 }

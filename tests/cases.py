@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import torch
 
@@ -123,6 +124,14 @@ def assert_rounded_once(got, expected, dtype):
         error = (x.double() - y.double()).abs()
         bound = y.double().abs() * torch.finfo(x.dtype).eps + y.double().abs().amax() * 4e-7 if y.numel() else error
         assert bool((error <= bound + floor).all()), (x, y)
+
+
+def test_id(value) -> str:
+    """str(value) without memory addresses, which differ between the workers of pytest-xdist."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
+
+
+test_id.__test__ = False  # a name for pytest, not a test
 
 
 def gpu_targets() -> dict[str, str]:

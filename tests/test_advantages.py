@@ -9,6 +9,7 @@ import statistics
 
 import pytest
 import torch
+from cases import test_id
 from hypothesis import given
 from hypothesis import strategies as st
 from no_sync import NoSync
@@ -368,7 +369,7 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("function, args, options, error, match", ERRORS, ids=range(len(ERRORS)))
+@pytest.mark.parametrize("function, args, options, error, match", ERRORS, ids=test_id)
 def test_wrong_arguments(function, args, options, error, match):
     with pytest.raises(error, match=match):
         function(*args, **options)

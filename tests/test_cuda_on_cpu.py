@@ -234,7 +234,7 @@ def test_no_order_changes_a_bit_from_logits_or_of_the_bounds(monkeypatch, dtype,
     seen = []
     for order in ORDERS:
         monkeypatch.setenv("CUDA_ON_CPU_ORDER", order)
-        forward = cuda_objective.logits_forward(logits, tokens, None, 0.7)
+        forward = cuda_objective.logits_forward(logits, tokens, None, 0.7, True)
         out = logits.clone()
         cuda_objective.logits_backward(out, tokens, *forward[:0:-1], g, h, 0.7, out)
         sums = cuda_objective.bound_sums(logp[0], logp[1], logp[0] * logp[1], None, [0.6, 0.7], [1.2] * 40)
@@ -255,14 +255,14 @@ def test_launches_of_the_objective(library):
     x = torch.randn(4, 50)
     assert launches(cuda_objective.bound_sums, x, x, x, None, [0.6] * 5, [1.2] * 17) == 2
     logits, tokens = torch.randn(4, 50, 9), torch.zeros(4, 50, dtype=torch.int64)
-    _, entropy, softmax = cuda_objective.logits_forward(logits, tokens, None, 1.0)
-    assert launches(cuda_objective.logits_forward, logits, tokens, None, 1.0) == 1
+    _, entropy, softmax = cuda_objective.logits_forward(logits, tokens, None, 1.0, True)
+    assert launches(cuda_objective.logits_forward, logits, tokens, None, 1.0, True) == 1
     assert launches(cuda_objective.logits_backward, logits, tokens, softmax, entropy, x, None, 1.0, logits) == 1
 
 
 def test_a_failing_launch_of_the_objective_names_its_kernel(library):
     logits, tokens = torch.randn(4, 5, 9), torch.zeros(4, 5, dtype=torch.int64)
-    logp, entropy, softmax = cuda_objective.logits_forward(logits, tokens, None, 1.0)
+    logp, entropy, softmax = cuda_objective.logits_forward(logits, tokens, None, 1.0, True)
     first = {
         "sequence_kernel": lambda: cuda_objective.policy_loss(*objective(rules.GSPO, 3, 20, torch.float32)),
         "token_kernel": lambda: cuda_objective.policy_loss(
@@ -272,7 +272,7 @@ def test_a_failing_launch_of_the_objective_names_its_kernel(library):
             *objective(rules.PPO, 0, 20, torch.float32, aggregation=rules.TOKEN_MEAN)
         ),
         "bound_sums_kernel": lambda: cuda_objective.bound_sums(logp, logp, logp, None, [0.6], [1.2]),
-        "logits_forward_kernel": lambda: cuda_objective.logits_forward(logits, tokens, None, 1.0),
+        "logits_forward_kernel": lambda: cuda_objective.logits_forward(logits, tokens, None, 1.0, True),
         "logits_backward_kernel": lambda: cuda_objective.logits_backward(
             logits, tokens, softmax, entropy, logp, None, 1.0, logits
         ),
@@ -295,7 +295,7 @@ def test_logits_past_2_to_the_32(library):
     tokens = torch.tensor([[3], [1002]])
     seen = []
     for x in (logits, small):
-        logp, entropy, softmax = cuda_objective.logits_forward(x, tokens, None, 1.0)
+        logp, entropy, softmax = cuda_objective.logits_forward(x, tokens, None, 1.0, True)
         g, h = torch.tensor([[1.0], [-2.0]]), torch.tensor([[0.5], [0.0]])
         cuda_objective.logits_backward(x, tokens, softmax, entropy, g, h, 1.0, out if x is logits else small.clone())
         cuda_objective.logits_backward(x, tokens, softmax, entropy, g, h, 1.0, x)
@@ -309,7 +309,7 @@ def test_more_rows_than_other_dimensions_of_a_grid_take():
     n, tokens = 70_001, torch.randint(0, 3, (70_001, 1))
     mask = torch.arange(n).unsqueeze(1) > 65_500
     logits = torch.randn(n, 1, 3)
-    logp, entropy, softmax = cuda_objective.logits_forward(logits, tokens, mask, 1.0)
+    logp, entropy, softmax = cuda_objective.logits_forward(logits, tokens, mask, 1.0, True)
     expected = torch.log_softmax(logits, -1)
     torch.testing.assert_close(logp, expected.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) * mask)
     g = torch.randn(n, 1) * mask

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from cases import gpu_targets
+from cases import gpu_targets, test_id
 from objective_cases import (
     AGGREGATIONS,
     ESTIMATORS,
@@ -51,7 +51,7 @@ on_every_backend = pytest.mark.parametrize("backend", [with_marks(b) for b in (*
 def on_every_backend_in(*dtypes):
     """Every dtype; bfloat16 alone where Triton is interpreted."""
     pairs = [(b, dtype) for b in BACKENDS for dtype in dtypes] + [(b, torch.bfloat16) for b in INTERPRETED]
-    return pytest.mark.parametrize("backend, dtype", [with_marks(*pair) for pair in pairs], ids=str)
+    return pytest.mark.parametrize("backend, dtype", [with_marks(*pair) for pair in pairs], ids=test_id)
 
 
 def few(items, backend):
@@ -729,13 +729,13 @@ LOSS_ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("change, error, match", ERRORS + LOSS_ERRORS, ids=str)
+@pytest.mark.parametrize("change, error, match", ERRORS + LOSS_ERRORS, ids=test_id)
 def test_wrong_arguments(change, error, match):
     with pytest.raises(error, match=match):
         fca.policy_loss_from_logits(**{**dict(logits=L, tokens=Y, old_logp=X, advantages=X), **change})
 
 
-@pytest.mark.parametrize("change, error, match", ERRORS, ids=str)
+@pytest.mark.parametrize("change, error, match", ERRORS, ids=test_id)
 def test_wrong_arguments_of_logp_from_logits(change, error, match):
     with pytest.raises(error, match=match):
         fca.logp_from_logits(**{**dict(logits=L, tokens=Y), **change})

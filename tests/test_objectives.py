@@ -13,7 +13,7 @@ import sys
 
 import pytest
 import torch
-from cases import gpu_targets
+from cases import gpu_targets, test_id
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from objective_cases import (
@@ -1097,13 +1097,13 @@ WRONG_OBJECTIVES = [
 
 
 @pytest.mark.parametrize("function", (fca.policy_loss, fca.dloss_dlogp, fca.clip_stats))
-@pytest.mark.parametrize("change, error, match", ERRORS, ids=str)
+@pytest.mark.parametrize("change, error, match", ERRORS, ids=test_id)
 def test_wrong_arguments(change, error, match, function):
     with pytest.raises(error, match=match):
         function(**{**dict(logp=X, old_logp=X, advantages=X), **change})
 
 
-@pytest.mark.parametrize("cls, fields, error, match", WRONG_OBJECTIVES, ids=str)
+@pytest.mark.parametrize("cls, fields, error, match", WRONG_OBJECTIVES, ids=test_id)
 def test_wrong_objectives(cls, fields, error, match):
     with pytest.raises(error, match=f"{cls.__name__}: {match}"):
         cls(**fields)

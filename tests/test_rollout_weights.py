@@ -9,6 +9,7 @@ import pickle
 
 import pytest
 import torch
+from cases import test_id
 from hypothesis import given
 from hypothesis import strategies as st
 from no_sync import NoSync
@@ -399,7 +400,7 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("change, error, match", ERRORS, ids=str)
+@pytest.mark.parametrize("change, error, match", ERRORS, ids=test_id)
 def test_wrong_arguments(change, error, match):
     with pytest.raises(error, match=match):
         fca.rollout_weights(**{**dict(logp=X, rollout_logp=X), **change})

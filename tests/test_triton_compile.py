@@ -222,7 +222,7 @@ def call_logits(kind: str, dtype: str, V: int = 151_936) -> None:
     tokens = torch.empty(2, 3, dtype=torch.int64, device="meta")
     x = torch.empty(2, 3, dtype=torch.float64 if dtype == "float64" else torch.float32, device="meta")
     if kind == "logits_forward":
-        triton_logits.logits_forward(logits, tokens, tokens.bool(), 1.0)
+        triton_logits.logits_forward(logits, tokens, tokens.bool(), 1.0, True)
     else:
         triton_logits.logits_backward(logits, tokens, x.expand(2, 2, 3), x, x, x, 1.0, logits)
 
@@ -414,7 +414,7 @@ def dry_objectives() -> dict:
         logits = torch.empty(V + 3, dtype=torch.bfloat16)[rows % 4 :][:V].expand(rows, 1, V)
         tokens, x = torch.zeros(rows, 1, dtype=torch.int64), torch.zeros(rows, 1)
         for scale in (1.0, 0.7):
-            triton_logits.logits_forward(logits, tokens, None, scale)
+            triton_logits.logits_forward(logits, tokens, None, scale, True)
             triton_logits.logits_backward(logits, tokens, x.expand(2, rows, 1), x, x, None, scale, logits)
     keys = collections.Counter(name for name, _ in set(asked))
     return {"objective_launches": launches, "objective_compiled": keys}

@@ -550,7 +550,7 @@ def test_rows_at_every_alignment_give_the_same_bits(dtype):
             pad = V + 16 // logits.itemsize - V % (16 // logits.itemsize)  # rows are aligned alike
             space, other = torch.zeros(2, 1, 2, pad + 16, dtype=dtype).unbind()
             x, out = space[..., start : start + V].copy_(logits), other[..., start + shift : start + shift + V]
-            logp, entropy, softmax = triton_logits.logits_forward(x, tokens, mask, 0.7)
+            logp, entropy, softmax = triton_logits.logits_forward(x, tokens, mask, 0.7, True)
             triton_logits.logits_backward(x, tokens, softmax, entropy, g, h, 0.7, out)
             triton_logits.logits_backward(x, tokens, softmax, entropy, g, h, 0.7, x)
             results.append((logp, entropy, softmax, x.clone(), out.clone()))

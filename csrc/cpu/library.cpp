@@ -40,7 +40,7 @@ STABLE_TORCH_LIBRARY(fused_clip_adam, m) {
       "bound_sums(Tensor logp, Tensor old_logp, Tensor advantages, Tensor? mask, float[] lows, float[] highs) -> "
       "Tensor");
   m.def(
-      "logits_forward(Tensor logits, Tensor tokens, Tensor? mask, float inv_temperature) "
+      "logits_forward(Tensor logits, Tensor tokens, Tensor? mask, float inv_temperature, bool want_entropy) "
       "-> (Tensor logp, Tensor entropy, Tensor softmax)");
   m.def(
       "logits_backward(Tensor logits, Tensor tokens, Tensor softmax, Tensor entropy, Tensor grad_logp, "

@@ -45,30 +45,30 @@ FCA_INLINE T max_tile_body(const T* __restrict x, int64_t n, T* bad) {
 }
 FCA_LEAF((typename T), (T), T, max_tile, (const T* x, int64_t n, T* bad), (x, n, bad))
 
-template <typename T>
+template <typename T, bool MOMENT>
 FCA_INLINE void exp_term(T x, T m, T inv_temperature, T& sum, T& moment) {
   const T away = x * inv_temperature - m, d = clip(away, T(kLeastLog), T(0));
   const T e = select(away < T(kLeastLog), T(0), exp_clamped(d));
   sum += e;
-  moment += d * e;
+  if (MOMENT) moment += d * e;
 }
 
 // sum += sum exp(z - m), moment += sum (z - m) exp(z - m), z = x inv_temperature
-template <typename T>
+template <typename T, bool MOMENT>
 FCA_INLINE void exp_tile_body(const T* __restrict x, int64_t n, T m, T inv_temperature, double* sum, double* moment) {
   T sums[kLanes] = {}, moments[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    for (int64_t j = 0; j < kLanes; ++j) exp_term(x[i + j], m, inv_temperature, sums[j], moments[j]);
+    for (int64_t j = 0; j < kLanes; ++j) exp_term<T, MOMENT>(x[i + j], m, inv_temperature, sums[j], moments[j]);
   }
-  for (int64_t j = 0; i + j < n; ++j) exp_term(x[i + j], m, inv_temperature, sums[j], moments[j]);
+  for (int64_t j = 0; i + j < n; ++j) exp_term<T, MOMENT>(x[i + j], m, inv_temperature, sums[j], moments[j]);
   double wide[kLanes], wide_moments[kLanes];
   for (int64_t j = 0; j < kLanes; ++j) wide[j] = sums[j];
   for (int64_t j = 0; j < kLanes; ++j) wide_moments[j] = moments[j];
   *sum += fold_lanes(wide);
-  *moment += fold_lanes(wide_moments);
+  if (MOMENT) *moment += fold_lanes(wide_moments);
 }
-FCA_LEAF((typename T), (T), void, exp_tile,
+FCA_LEAF((typename T, bool MOMENT), (T, MOMENT), void, exp_tile,
          (const T* x, int64_t n, T m, T inv_temperature, double* sum, double* moment),
          (x, n, m, inv_temperature, sum, moment))
 
@@ -120,6 +120,7 @@ const T* arithmetic_tile(const S* row, T* tile, int64_t n) {
   return tile;
 }
 
+// `entropy` null: not wanted.
 template <typename S, typename T>
 void forward_row(const S* row, int64_t V, int64_t token, T inv_temperature, T* logp, T* entropy, T* m_out, T* log_sum) {
   T tile[kLogits], bad = 0, m = -std::numeric_limits<T>::infinity();
@@ -136,17 +137,21 @@ void forward_row(const S* row, int64_t V, int64_t token, T inv_temperature, T* l
       }
       m = tile_m;
     }
-    if (bad == T(0) && m - m == T(0)) exp_tile<T>(x, n, m, inv_temperature, &sum, &moment);
+    if (bad == T(0) && m - m == T(0)) {
+      const auto add = entropy == nullptr ? exp_tile<T, false> : exp_tile<T, true>;
+      add(x, n, m, inv_temperature, &sum, &moment);
+    }
   }
   const bool known = token >= 0 && token < V;
   if (!known || bad != T(0) || !(m - m == T(0))) {
-    *logp = *entropy = *m_out = *log_sum = std::numeric_limits<T>::quiet_NaN();
+    *logp = *m_out = *log_sum = std::numeric_limits<T>::quiet_NaN();
+    if (entropy != nullptr) *entropy = std::numeric_limits<T>::quiet_NaN();
     return;
   }
   const double log_of_sum = std::log(sum);
   const T at = load_as<T>(row[token]) * inv_temperature - m;
   *logp = static_cast<T>(static_cast<double>(at) - log_of_sum);
-  *entropy = static_cast<T>(log_of_sum - moment / sum);
+  if (entropy != nullptr) *entropy = static_cast<T>(log_of_sum - moment / sum);
   *m_out = m;
   *log_sum = static_cast<T>(log_of_sum);
 }
@@ -161,12 +166,13 @@ void forward(const Tensor& logits, const Rows<int64_t>& tokens, const Rows<uint8
     for (int64_t i = first; i < last; ++i) {
       const int64_t b = i / L, t = i % L;
       if (mask.data && !mask.at(b, t)) {
-        logp[i] = entropy[i] = T(0);
+        logp[i] = T(0);
+        if (entropy != nullptr) entropy[i] = T(0);
         softmax[i] = softmax[rows + i] = std::numeric_limits<T>::quiet_NaN();  // no gradient, whatever comes from above
         continue;
       }
-      forward_row<S, T>(data + b * batch + t * time, V, tokens.at(b, t), inv_temperature, logp + i, entropy + i,
-                        softmax + i, softmax + rows + i);
+      forward_row<S, T>(data + b * batch + t * time, V, tokens.at(b, t), inv_temperature, logp + i,
+                        entropy == nullptr ? nullptr : entropy + i, softmax + i, softmax + rows + i);
     }
   });
 }
@@ -204,7 +210,7 @@ void backward(const Tensor& logits, const Rows<int64_t>& tokens, const T* softma
         continue;
       }
       backward_row<S, T>(data + b * logits.stride(0) + t * logits.stride(1), out_row, V, tokens.at(b, t),
-                         {m, log_sum, entropy.at(b, t), g, h, inv_temperature});
+                         {m, log_sum, grad_entropy.data ? entropy.at(b, t) : T(0), g, h, inv_temperature});
     }
   });
 }
@@ -228,11 +234,13 @@ template <typename T>
 constexpr ScalarType kArithmetic = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
 
 std::tuple<Tensor, Tensor, Tensor> logits_forward(const Tensor& logits, const Tensor& tokens,
-                                                  std::optional<Tensor> mask, double inv_temperature) {
+                                                  std::optional<Tensor> mask, double inv_temperature,
+                                                  bool want_entropy) {
   check_logits(logits, "logits");
   const int64_t B = logits.size(0), L = logits.size(1);
   const ScalarType dtype = logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Tensor logp = torch::stable::empty({B, L}, dtype), entropy = torch::stable::empty({B, L}, dtype);
+  Tensor logp = torch::stable::empty({B, L}, dtype);
+  Tensor entropy = torch::stable::empty({want_entropy ? B : 0, want_entropy ? L : 0}, dtype);
   Tensor softmax = torch::stable::empty({2, B, L}, dtype);
   const Rows<int64_t> token_rows = rows_of<int64_t>(tokens, logits, ScalarType::Long, "tokens");
   Rows<uint8_t> mask_rows;
@@ -240,7 +248,7 @@ std::tuple<Tensor, Tensor, Tensor> logits_forward(const Tensor& logits, const Te
   with_dtype(logits, [&](auto storage, auto arithmetic) {
     using T = decltype(arithmetic);
     forward<decltype(storage), T>(logits, token_rows, mask_rows, static_cast<T>(inv_temperature), mutable_data<T>(logp),
-                                  mutable_data<T>(entropy), mutable_data<T>(softmax));
+                                  want_entropy ? mutable_data<T>(entropy) : nullptr, mutable_data<T>(softmax));
   });
   return {logp, entropy, softmax};
 }
@@ -257,10 +265,12 @@ void logits_backward(const Tensor& logits, const Tensor& tokens, const Tensor& s
   with_dtype(logits, [&](auto storage, auto arithmetic) {
     using T = decltype(arithmetic);
     check_buffer(softmax, kArithmetic<T>, 2 * rows, "softmax");
-    const Rows<T> H = rows_of<T>(entropy, logits, kArithmetic<T>, "entropy");
     const Rows<T> g = rows_of<T>(grad_logp, logits, kArithmetic<T>, "grad_logp");
-    Rows<T> h;
-    if (grad_entropy) h = rows_of<T>(*grad_entropy, logits, kArithmetic<T>, "grad_entropy");
+    Rows<T> h, H;
+    if (grad_entropy) {
+      h = rows_of<T>(*grad_entropy, logits, kArithmetic<T>, "grad_entropy");
+      H = rows_of<T>(entropy, logits, kArithmetic<T>, "entropy");
+    }
     backward<decltype(storage), T>(logits, token_rows, const_data<T>(softmax), H, g, h, static_cast<T>(inv_temperature),
                                    out);
   });

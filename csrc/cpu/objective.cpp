@@ -5,7 +5,9 @@
 // Objectives that need a number of the whole sequence first gather it, a sequence at a time (its tokens are then still
 // in cache).
 #include <algorithm>
+#include <cstring>
 #include <limits>
+#include <numeric>
 #include <optional>
 #include <type_traits>
 #include <vector>
@@ -17,8 +19,9 @@
 namespace fca {
 namespace {
 
-constexpr int64_t kTokens = 256;        // a tile: some twenty arrays of it live in L1 (float) or L2 (double)
-constexpr int64_t kUnit = 8 * kTokens;  // the unit of parallel work, within one row
+constexpr int64_t kTokens = 256;         // a tile: some twenty arrays of it live in L1 (float) or L2 (double)
+constexpr int64_t kUnit = 16 * kTokens;  // the unit of parallel work: a part of a row, or several short rows
+static_assert(kTokens % kLanes == 0, "whole groups of lanes");
 
 struct Matrix {
   const char* data = nullptr;
@@ -93,6 +96,8 @@ struct Settings {
   double normalizer;  // 0: the count
   KlEstimator kl;
   Aggregation aggregation;
+
+  bool counts_tokens() const { return aggregation == Aggregation::TOKEN_MEAN && !(normalizer > 0); }
 };
 
 struct Inputs {
@@ -108,40 +113,82 @@ struct Inputs {
   int64_t rows = 0, cols = 0;
 };
 
-// One tile of tokens in the arithmetic type.
+// One tile of tokens in the arithmetic type. Past its tokens, up to whole groups of lanes, lie masked ones.
 template <typename T>
 struct Tokens {
+  uint8_t mask[kTokens];  // 0: left out
   T logp[kTokens], old_logp[kTokens], A[kTokens], w[kTokens], aux[kTokens], ref[kTokens], H[kTokens];
   T D[kTokens], valid[kTokens], bad[kTokens];  // valid: unmasked and finite; bad: unmasked and not finite
   T a[kTokens];                                // aggregation weight
   T s[kTokens], pull[kTokens];                 // of the sequence, where the rule has one: log-ratio, share of gradient
   T r[kTokens], loss[kTokens], grad[kTokens], grad_entropy[kTokens];
-  T low[kTokens], high[kTokens], dual[kTokens], suppressed[kTokens], total[kTokens], k1[kTokens], k2[kTokens],
-      k3[kTokens];
+  T total[kTokens], suppressed[kTokens], kept[kTokens], k2[kTokens], k3[kTokens];
+
+  Tokens() {  // what a call without weights, sequences, mask, ... never writes
+    std::fill_n(mask, kTokens, uint8_t(1));
+    for (T* ones : {w, a}) std::fill_n(ones, kTokens, T(1));
+    for (T* zeros : {aux, ref, H, s, pull}) std::fill_n(zeros, kTokens, T(0));
+  }
 };
 
-// D, valid and bad. A token counts as unreadable if any of its inputs, or D itself, is not finite.
-template <typename T>
+inline int64_t whole_groups(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// D, valid and bad. A token counts as unreadable if any of its inputs, or D itself, is not finite. EXTRAS: there are
+// inputs beside logp, old_logp and A.
+template <typename T, bool EXTRAS>
 FCA_INLINE void classify_tile_body(Tokens<T>& t, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
-    const T logp = t.logp[i], A = t.A[i], w = t.w[i], aux = t.aux[i], ref = t.ref[i], H = t.H[i], unmasked = t.valid[i];
-    const T d = logp - t.old_logp[i], x = ref - logp;
+    const T logp = t.logp[i], A = t.A[i], d = logp - t.old_logp[i];
     // x - x is 0 for a finite x, else NaN; logp is in d, which is finite only if it is.
-    const bool finite = (d - d) + (A - A) + (w - w) + (x - x) + (aux - aux) + (H - H) == T(0);
-    const T valid = select(finite, unmasked, T(0));
+    T zero = (d - d) + (A - A);
+    if (EXTRAS) {
+      const T w = t.w[i], aux = t.aux[i], x = t.ref[i] - logp, H = t.H[i];
+      zero = zero + (w - w) + (x - x) + (aux - aux) + (H - H);
+    }
+    const T unmasked = mask<T>(t.mask[i] != 0), valid = select(zero == T(0), unmasked, T(0));
     const bool used = valid != T(0);
     t.bad[i] = unmasked - valid;
     t.valid[i] = valid;
     t.D[i] = select(used, saturate(d), T(0));
     t.A[i] = select(used, A, T(0));
     t.logp[i] = select(used, logp, T(0));
-    t.w[i] = select(used, w, T(0));
-    t.aux[i] = select(used, aux, T(0));
-    t.ref[i] = select(used, ref, T(0));
-    t.H[i] = select(used, H, T(0));
+    if (EXTRAS) {
+      t.w[i] = select(used, t.w[i], T(0));
+      t.aux[i] = select(used, t.aux[i], T(0));
+      t.ref[i] = select(used, t.ref[i], T(0));
+      t.H[i] = select(used, t.H[i], T(0));
+    }
   }
 }
-FCA_LEAF((typename T), (T), void, classify_tile, (Tokens<T> & t, int64_t n), (t, n))
+FCA_LEAF((typename T, bool EXTRAS), (T, EXTRAS), void, classify_tile, (Tokens<T> & t, int64_t n), (t, n))
+
+// What a unit sums, in lanes: token i of a tile goes to lane i % kLanes, and the lanes are folded once a unit. Counts
+// stay in the arithmetic type, in which a lane of a unit counts exactly.
+enum LaneSum : int {
+  SUM_SUPPRESSED,
+  SUM_TOTAL,
+  SUM_LOG_RATIO,
+  SUM_K2,
+  SUM_K3,
+  SUM_RATIO,
+  SUM_RATIO_SQ,
+  SUM_LOSS,
+  kLaneSums
+};
+enum LaneCount : int { COUNT_TOKENS, COUNT_LOW, COUNT_HIGH, COUNT_DUAL, COUNT_BAD, kLaneCounts };
+
+template <typename T>
+struct Lanes {
+  double sum[kLaneSums][kLanes];
+  T count[kLaneCounts][kLanes], least[kLanes], greatest[kLanes];
+
+  void clear() {
+    std::fill_n(&sum[0][0], kLaneSums * kLanes, 0.0);
+    std::fill_n(&count[0][0], kLaneCounts * kLanes, T(0));
+    std::fill_n(least, kLanes, std::numeric_limits<T>::max());
+    std::fill_n(greatest, kLanes, T(0));
+  }
+};
 
 // Where a token's loss and gradient saturate: times 1 / normalizer they must still be finite.
 template <typename T>
@@ -180,33 +227,103 @@ FCA_INLINE void sequence_pull_tile_body(Tokens<T>& t, const Settings& settings, 
 FCA_LEAF((typename T, Rule RULE), (T, RULE), void, sequence_pull_tile,
          (Tokens<T> & t, const Settings& settings, int64_t n), (t, settings, n))
 
-// The token equations, their aggregation weight and what the statistics sum.
-template <typename T, Rule RULE>
-FCA_INLINE void token_tile_body(Tokens<T>& t, const Settings& settings, int64_t n) {
-  const RuleScalars<T> p = rule_scalars<T>(settings);
-  const T limit = token_limit<T>(settings);
+// The ratio of the rule, and what of k3 the statistics sum. A loop of its own: the processor keeps more of its short
+// chains in flight than of one long one.
+template <typename T, bool OF_SEQUENCE>
+FCA_INLINE void ratio_tile_body(Tokens<T>& __restrict t, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
-    const T D = t.D[i], A = t.A[i], valid = t.valid[i];
-    const T token_ratio = exp_clamped(clamp_log_ratio(D));
-    const T r = has_sequence_ratio(RULE) ? exp_clamped(clamp_log_ratio(t.s[i])) : token_ratio;
-    const Token<T> out = token<T, RULE>({r, D, A, t.logp[i], t.aux[i], t.s[i]}, p);
-    const T a = t.a[i] * valid, aw = a * t.w[i];
-    t.loss[i] = saturate(aw * saturate(out.loss), limit);
-    t.grad[i] = has_sequence_ratio(RULE) ? t.pull[i] * (valid * out.keep) : saturate(aw * saturate(out.grad), limit);
-    t.low[i] = out.clipped_low * valid;
-    t.high[i] = out.clipped_high * valid;
-    t.dual[i] = out.clipped_dual * valid;
-    const T mass = saturate(a * r * select(A < T(0), -A, A));
-    t.total[i] = mass;
-    t.suppressed[i] = select(out.grad * out.keep == T(0), mass, T(0));
-    t.k1[i] = -D;
-    t.k2[i] = saturate(T(0.5) * D * D);
-    t.k3[i] = exp_beyond_linear(D, token_ratio) * valid;
-    t.r[i] = r;
+    const RatioParts<T> of_token = ratio_parts(t.D[i]);
+    t.k3[i] = of_token.beyond_linear * t.valid[i];
+    t.r[i] = OF_SEQUENCE ? exp_clamped(clamp_log_ratio(t.s[i])) : of_token.ratio;
   }
 }
-FCA_LEAF((typename T, Rule RULE), (T, RULE), void, token_tile, (Tokens<T> & t, const Settings& settings, int64_t n),
-         (t, settings, n))
+FCA_LEAF((typename T, bool OF_SEQUENCE), (T, OF_SEQUENCE), void, ratio_tile, (Tokens<T> & t, int64_t n), (t, n))
+
+template <typename T>
+FCA_INLINE void scale_tile_body(const T* __restrict tile, T factor, T* __restrict target, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) target[i] = tile[i] * factor;
+}
+FCA_LEAF((typename T), (T), void, scale_tile, (const T* tile, T factor, T* target, int64_t n),
+         (tile, factor, target, n))
+
+// How many of n bytes are not 0.
+template <typename Byte>
+FCA_INLINE int64_t count_mask_body(const Byte* mask, int64_t n) {
+  constexpr int64_t kBlock = 1 << 16;  // counted in 32 bits, of which a vector holds more
+  int64_t count = 0;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = std::min(begin + kBlock, n);
+    int32_t of_block = 0;
+    for (int64_t i = begin; i < end; ++i) of_block += mask[i] != 0;
+    count += of_block;
+  }
+  return count;
+}
+FCA_LEAF((typename Byte), (Byte), int64_t, count_mask, (const Byte* mask, int64_t n), (mask, n))
+
+// The token equations, their aggregation weight and what the statistics sum: counts and range at once, the others as
+// arrays. `n`: in whole groups. `r` becomes 0 where a token is left out.
+template <typename T, Rule RULE>
+FCA_INLINE void token_tile_body(Tokens<T>& __restrict t, Lanes<T>& __restrict lanes, const Settings& settings,
+                                int64_t n) {
+  const RuleScalars<T> p = rule_scalars<T>(settings);
+  const T limit = token_limit<T>(settings);
+  for (int64_t group = 0; group < n; group += kLanes) {
+    for (int64_t j = 0; j < kLanes; ++j) {
+      const int64_t i = group + j;
+      const T D = t.D[i], A = t.A[i], valid = t.valid[i], r = t.r[i];
+      const Token<T> out = token<T, RULE>({r, D, A, t.logp[i], t.aux[i], t.s[i]}, p);
+      const T a = t.a[i] * valid, aw = a * t.w[i];
+      t.loss[i] = saturate(aw * saturate(out.loss), limit);
+      t.grad[i] = has_sequence_ratio(RULE) ? t.pull[i] * (valid * out.keep) : saturate(aw * saturate(out.grad), limit);
+      const T mass = at_most(a * r * std::fabs(A)), kept = valid * r;
+      t.total[i] = mass;
+      t.suppressed[i] = select(out.grad * out.keep == T(0), mass, T(0));
+      t.k2[i] = at_most(T(0.5) * D * D);
+      t.kept[i] = kept;
+      lanes.count[COUNT_TOKENS][j] += valid;
+      lanes.count[COUNT_LOW][j] += out.clipped_low * valid;
+      lanes.count[COUNT_HIGH][j] += out.clipped_high * valid;
+      lanes.count[COUNT_DUAL][j] += out.clipped_dual * valid;
+      lanes.count[COUNT_BAD][j] += t.bad[i];
+      const T least = select(valid != T(0), r, std::numeric_limits<T>::max());
+      lanes.least[j] = select(least < lanes.least[j], least, lanes.least[j]);
+      lanes.greatest[j] = select(kept > lanes.greatest[j], kept, lanes.greatest[j]);
+    }
+  }
+}
+FCA_LEAF((typename T, Rule RULE), (T, RULE), void, token_tile,
+         (Tokens<T> & t, Lanes<T>& lanes, const Settings& settings, int64_t n), (t, lanes, settings, n))
+
+// Adds x and y to their lanes in float64: two at a time, since a lone sum waits for the addition before. SQUARE: y =
+// x^2.
+template <typename T, bool SQUARE>
+FCA_INLINE void add_two(const T* __restrict x, const T* __restrict y, double* __restrict to_x, double* __restrict to_y,
+                        int64_t n) {
+  double sum_x[kLanes], sum_y[kLanes];
+  std::copy_n(to_x, kLanes, sum_x);
+  std::copy_n(to_y, kLanes, sum_y);
+  for (int64_t group = 0; group < n; group += kLanes) {
+    for (int64_t j = 0; j < kLanes; ++j) {
+      const double value = static_cast<double>(x[group + j]);
+      sum_x[j] += value;
+      sum_y[j] += SQUARE ? value * value : static_cast<double>(y[group + j]);
+    }
+  }
+  std::copy_n(sum_x, kLanes, to_x);
+  std::copy_n(sum_y, kLanes, to_y);
+}
+
+// All sums of a tile, once its losses are complete.
+template <typename T>
+FCA_INLINE void sum_into_lanes_body(const Tokens<T>& t, Lanes<T>& lanes, int64_t n) {
+  auto& sum = lanes.sum;
+  add_two<T, false>(t.total, t.suppressed, sum[SUM_TOTAL], sum[SUM_SUPPRESSED], n);
+  add_two<T, false>(t.D, t.k2, sum[SUM_LOG_RATIO], sum[SUM_K2], n);
+  add_two<T, false>(t.k3, t.loss, sum[SUM_K3], sum[SUM_LOSS], n);
+  add_two<T, true>(t.kept, t.kept, sum[SUM_RATIO], sum[SUM_RATIO_SQ], n);
+}
+FCA_LEAF((typename T), (T), void, sum_into_lanes, (const Tokens<T>& t, Lanes<T>& lanes, int64_t n), (t, lanes, n))
 
 // The KL term is added to what the tile holds; it takes the aggregation weight but not the rollout weight w.
 template <typename T, KlEstimator KL>
@@ -251,33 +368,6 @@ FCA_INLINE void add_entropy_tile_body(Tokens<T>& t, const Settings& settings, in
 FCA_LEAF((typename T), (T), void, add_entropy_tile, (Tokens<T> & t, const Settings& settings, int64_t n),
          (t, settings, n))
 
-// Least and greatest ratio of the valid tokens.
-template <typename T>
-FCA_INLINE void ratio_range_body(const T* __restrict r, const T* __restrict valid, int64_t n, double* least,
-                                 double* greatest) {
-  T low[kLanes], high[kLanes];
-  std::fill_n(low, kLanes, std::numeric_limits<T>::max());
-  std::fill_n(high, kLanes, T(0));
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const int64_t lanes = std::min(kLanes, n - i);
-    for (int64_t j = 0; j < lanes; ++j) {
-      const T x = select(valid[i + j] != T(0), r[i + j], std::numeric_limits<T>::max()), y = valid[i + j] * r[i + j];
-      low[j] = select(x < low[j], x, low[j]);
-      high[j] = select(y > high[j], y, high[j]);
-    }
-  }
-  *least = *std::min_element(low, low + kLanes);
-  *greatest = *std::max_element(high, high + kLanes);
-}
-FCA_LEAF((typename T), (T), void, ratio_range, (const T* r, const T* valid, int64_t n, double* least, double* greatest),
-         (r, valid, n, least, greatest))
-
-template <typename T>
-FCA_INLINE void ratio_tile_body(Tokens<T>& t, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) t.r[i] = exp_clamped(clamp_log_ratio(t.D[i]));
-}
-FCA_LEAF((typename T), (T), void, ratio_tile, (Tokens<T> & t, int64_t n), (t, n))
-
 // BAPO's balance: max(r, low) |A| of losses or min(r, high) A of gains.
 template <typename T, bool HIGH>
 FCA_INLINE void bound_tile_body(const Tokens<T>& t, T bound, T* out, int64_t n) {
@@ -320,25 +410,32 @@ void with_rule(Rule rule, F function) {
   }
 }
 
-// Reading the tokens of a call, in tiles.
+// Reading the tokens of a call, in tiles; always with the same scratch, whose absent inputs keep their defaults.
 template <typename T>
 class Reader {
  public:
-  explicit Reader(const Inputs& inputs) : in_(inputs) {}
+  explicit Reader(const Inputs& inputs)
+      : in_(inputs), extras_(in_.weights.data || in_.aux.data || in_.ref_logp.data || in_.entropy.data) {}
 
   void read(Tokens<T>& t, int64_t row, int64_t col, int64_t n) const {
     load(t, n, [&](const Matrix& m, T* tile) { read_tokens(m, row, col, n, tile); });
-    for (int64_t i = 0; in_.mask && i < n; ++i)
-      t.valid[i] = in_.mask[row * in_.mask_row + (col + i) * in_.mask_col] ? T(1) : T(0);
-    classify_tile<T>(t, n);
+    if (in_.mask != nullptr) {
+      const uint8_t* const mask = in_.mask + row * in_.mask_row + col * in_.mask_col;
+      if (in_.mask_col == 1) {
+        std::memcpy(t.mask, mask, n);
+      } else {
+        for (int64_t i = 0; i < n; ++i) t.mask[i] = mask[i * in_.mask_col];
+      }
+    }
+    classify(t, n);
   }
 
   // Tokens of a packed row by their columns; consecutive ones, as a sorted packing has, are read as such.
   void gather(Tokens<T>& t, const int64_t* cols, int64_t n) const {
     if (cols[n - 1] - cols[0] == n - 1) return read(t, 0, cols[0], n);
     load(t, n, [&](const Matrix& m, T* tile) { gather_tokens(m, cols, n, tile); });
-    for (int64_t i = 0; in_.mask && i < n; ++i) t.valid[i] = in_.mask[cols[i] * in_.mask_col] ? T(1) : T(0);
-    classify_tile<T>(t, n);
+    for (int64_t i = 0; in_.mask && i < n; ++i) t.mask[i] = in_.mask[cols[i] * in_.mask_col];
+    classify(t, n);
   }
 
  private:
@@ -347,11 +444,11 @@ class Reader {
     matrix(in_.logp, t.logp);
     matrix(in_.old_logp, t.old_logp);
     matrix(in_.advantages, t.A);
+    if (!extras_) return;
     optional(in_.weights, t.w, T(1), n, matrix);
     optional(in_.aux, t.aux, T(0), n, matrix);
     optional(in_.ref_logp, t.ref, T(0), n, matrix);
     optional(in_.entropy, t.H, T(0), n, matrix);
-    std::fill_n(t.valid, n, T(1));
   }
 
   template <typename Load>
@@ -363,20 +460,38 @@ class Reader {
     }
   }
 
+  void classify(Tokens<T>& t, int64_t n) const {
+    const int64_t padded = whole_groups(n);
+    if (in_.mask == nullptr) std::fill_n(t.mask, n, uint8_t(1));
+    std::fill_n(t.mask + n, padded - n, uint8_t(0));
+    extras_ ? classify_tile<T, true>(t, padded) : classify_tile<T, false>(t, padded);
+  }
+
   const Inputs& in_;
+  const bool extras_;
 };
 
+// Columns [begin, end) of rows [first_row, last_row).
 struct Unit {
-  int64_t row, begin, end;
+  int64_t first_row, last_row, begin, end;
 };
 
 std::vector<Unit> units_of(const Inputs& in) {
   std::vector<Unit> units;
-  for (int64_t row = 0; row < in.rows; ++row) {
+  const int64_t rows = std::max<int64_t>(1, kUnit / std::max<int64_t>(1, in.cols));
+  for (int64_t row = 0; row < in.rows; row += rows) {
     for (int64_t begin = 0; begin < in.cols; begin += kUnit)
-      units.push_back({row, begin, std::min(begin + kUnit, in.cols)});
+      units.push_back({row, std::min(row + rows, in.rows), begin, std::min(begin + kUnit, in.cols)});
   }
   return units;
+}
+
+// Calls visit(row, col, n) on each tile of a unit.
+template <typename Visit>
+void visit_unit(const Unit& unit, Visit visit) {
+  for (int64_t row = unit.first_row; row < unit.last_row; ++row) {
+    for (int64_t col = unit.begin; col < unit.end; col += kTokens) visit(row, col, std::min(kTokens, unit.end - col));
+  }
 }
 
 int64_t grain(int64_t tokens_each) { return std::max<int64_t>(1, 8192 / std::max<int64_t>(1, tokens_each)); }
@@ -389,9 +504,9 @@ class Objective {
     partial_.assign(units_.size() * (kStats + 1), 0.0);
   }
 
-  // Returns the unscaled loss sum; `grad` and `grad_entropy` (may be null) receive the unscaled gradients, `stats` the
-  // unscaled sums.
-  double run(T* grad, T* grad_entropy, double* stats) {
+  // Returns the loss sum; `grad` and `grad_entropy` (may be null) receive the gradients times `factor`, `stats` the
+  // sums.
+  double run(double factor, T* grad, T* grad_entropy, double* stats) {
     with_rule(set_.rule, [&](auto rule) {
       constexpr Rule RULE = decltype(rule)::value;
       if (needs_sequence(RULE) || set_.aggregation == Aggregation::SEQUENCE_MEAN) {
@@ -406,12 +521,12 @@ class Objective {
                                         sequence_pass<RULE>(scratch[0], k, grad != nullptr);
                                     });
       }
-      torch::stable::parallel_for(0, static_cast<int64_t>(units_.size()), grain(std::min(kUnit, in_.cols)),
-                                  [&](int64_t first, int64_t last) {
-                                    std::vector<Tokens<T>> scratch(1);
-                                    for (int64_t u = first; u < last; ++u)
-                                      token_pass<RULE>(scratch[0], u, grad, grad_entropy);
-                                  });
+      torch::stable::parallel_for(0, static_cast<int64_t>(units_.size()), 2, [&](int64_t first, int64_t last) {
+        std::vector<Tokens<T>> scratch(1);
+        std::vector<Lanes<T>> lanes(1);
+        for (int64_t u = first; u < last; ++u)
+          token_pass<RULE>(scratch[0], lanes[0], u, static_cast<T>(factor), grad, grad_entropy);
+      });
     });
     return fold(stats);
   }
@@ -462,10 +577,7 @@ class Objective {
   }
 
   void sequence_scalars(Tokens<T>& t, int64_t row, int64_t col, int64_t n) const {
-    if (length_.empty()) {
-      std::fill_n(t.a, n, T(1));
-      return;
-    }
+    if (length_.empty()) return;  // the aggregation weight is 1, and no rule reads of a sequence
     for (int64_t i = 0; i < n; ++i) {
       const int64_t sequence = in_.sequence_ids ? in_.sequence_ids[(col + i) * in_.sequence_stride] : row;
       t.a[i] = weight_of(sequence);
@@ -475,32 +587,33 @@ class Objective {
   }
 
   template <Rule RULE>
-  void token_pass(Tokens<T>& t, int64_t u, T* grad, T* grad_entropy) {
-    const Unit& unit = units_[u];
-    double* sum = partial_.data() + u * (kStats + 1);
-    sum[RATIO_MIN] = std::numeric_limits<double>::max();
-    for (int64_t col = unit.begin; col < unit.end; col += kTokens) {
-      const int64_t n = std::min(kTokens, unit.end - col);
-      reader_.read(t, unit.row, col, n);
-      sequence_scalars(t, unit.row, col, n);
-      token_tile<T, RULE>(t, set_, n);
-      const T* const summed[] = {t.valid, t.low, t.high, t.dual, t.suppressed, t.total, t.k1, t.k2, t.k3};
-      for (int64_t k = 0; k <= KL_K3; ++k) sum[k] += sum_tile<T>(summed[k], n);
-      for (int64_t i = 0; i < n; ++i) t.total[i] = t.valid[i] * t.r[i];
-      sum[RATIO_SUM] += sum_tile<T>(t.total, n);
-      sum[RATIO_SQ_SUM] += sum_squares_tile<T, false>(t.total, n);
-      double least, greatest;
-      ratio_range<T>(t.r, t.valid, n, &least, &greatest);
-      sum[RATIO_MIN] = std::min(sum[RATIO_MIN], least);
-      sum[RATIO_MAX] = std::max(sum[RATIO_MAX], greatest);
-      sum[NONFINITE] += sum_tile<T>(t.bad, n);
-      if (in_.ref_logp.data) add_kl(t, set_, n);
-      if (in_.entropy.data) add_entropy_tile<T>(t, set_, n);
-      const int64_t at = unit.row * in_.cols + col;
-      if (grad) std::copy(t.grad, t.grad + n, grad + at);
-      if (grad_entropy) std::copy(t.grad_entropy, t.grad_entropy + n, grad_entropy + at);
-      sum[kStats] += sum_tile<T>(t.loss, n);
-    }
+  void token_pass(Tokens<T>& t, Lanes<T>& lanes, int64_t u, T factor, T* grad, T* grad_entropy) {
+    lanes.clear();
+    visit_unit(units_[u], [&](int64_t row, int64_t col, int64_t n) {
+      reader_.read(t, row, col, n);
+      sequence_scalars(t, row, col, n);
+      const int64_t padded = whole_groups(n);
+      ratio_tile<T, has_sequence_ratio(RULE)>(t, padded);
+      token_tile<T, RULE>(t, lanes, set_, padded);
+      if (in_.ref_logp.data) add_kl(t, set_, padded);
+      if (in_.entropy.data) add_entropy_tile<T>(t, set_, padded);
+      sum_into_lanes<T>(t, lanes, padded);
+      const int64_t at = row * in_.cols + col;
+      if (grad) scale_tile(t.grad, factor, grad + at, n);
+      if (grad_entropy) scale_tile(t.grad_entropy, factor, grad_entropy + at, n);
+    });
+    fold_unit(lanes, partial_.data() + u * (kStats + 1));
+  }
+
+  static void fold_unit(const Lanes<T>& lanes, double* sum) {
+    constexpr Stat kSumOf[kLaneSums] = {SUPPRESSED_MASS, TOTAL_MASS, KL_K1,        KL_K2,
+                                        KL_K3,           RATIO_SUM,  RATIO_SQ_SUM, kStats};  // the loss comes last
+    constexpr Stat kCountOf[kLaneCounts] = {TOKENS, CLIPPED_LOW, CLIPPED_HIGH, CLIPPED_DUAL, NONFINITE};
+    for (int k = 0; k < kLaneSums; ++k) sum[kSumOf[k]] = fold_lanes(lanes.sum[k]);
+    sum[KL_K1] = -sum[KL_K1];
+    for (int k = 0; k < kLaneCounts; ++k) sum[kCountOf[k]] = sum_tile<T>(lanes.count[k], kLanes);
+    sum[RATIO_MIN] = *std::min_element(lanes.least, lanes.least + kLanes);
+    sum[RATIO_MAX] = *std::max_element(lanes.greatest, lanes.greatest + kLanes);
   }
 
   double fold(double* stats) const {
@@ -531,6 +644,22 @@ class Objective {
   std::vector<double> partial_;
 };
 
+int64_t unmasked(const Inputs& in) {
+  if (in.mask == nullptr) return in.rows * in.cols;
+  std::vector<int64_t> of_row(in.rows, 0);
+  torch::stable::parallel_for(0, in.rows, grain(in.cols / 16), [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+      const uint8_t* const mask = in.mask + row * in.mask_row;
+      if (in.mask_col == 1) {
+        of_row[row] = count_mask(mask, in.cols);
+      } else {
+        for (int64_t col = 0; col < in.cols; ++col) of_row[row] += mask[col * in.mask_col] != 0;
+      }
+    }
+  });
+  return std::accumulate(of_row.begin(), of_row.end(), int64_t(0));
+}
+
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <typename T>
@@ -543,13 +672,15 @@ Results run(const Inputs& in, const Settings& settings, int64_t sequences, bool 
   Tensor stats = torch::stable::empty({kStats}, ScalarType::Float);
 
   Objective<T> objective(in, settings, sequences);
+  double counted = static_cast<double>(settings.counts_tokens() ? unmasked(in) : sequences), factor, total;
   double sums[kStats];
-  const double total = objective.run(want_grad ? mutable_data<T>(grad) : nullptr,
-                                     want_entropy ? mutable_data<T>(grad_entropy) : nullptr, sums);
-
-  const double counted =
-      settings.aggregation == Aggregation::TOKEN_MEAN ? sums[TOKENS] : static_cast<double>(sequences);
-  const double factor = 1.0 / (settings.normalizer > 0 ? settings.normalizer : std::max(counted, 1.0));
+  while (true) {  // twice where tokens turn out not to be finite: then there are fewer than the mask says
+    factor = 1.0 / (settings.normalizer > 0 ? settings.normalizer : std::max(counted, 1.0));
+    total = objective.run(factor, want_grad ? mutable_data<T>(grad) : nullptr,
+                          want_entropy ? mutable_data<T>(grad_entropy) : nullptr, sums);
+    if (!settings.counts_tokens() || sums[TOKENS] == counted) break;
+    counted = sums[TOKENS];
+  }
   sums[SUPPRESSED_MASS] *= factor;
   sums[TOTAL_MASS] *= factor;
   const double most = std::numeric_limits<float>::max();
@@ -558,7 +689,7 @@ Results run(const Inputs& in, const Settings& settings, int64_t sequences, bool 
   }
   const double bound = static_cast<double>(std::numeric_limits<T>::max());
   *mutable_data<T>(loss) = static_cast<T>(std::clamp(total * factor, -bound, bound));
-  *mutable_data<T>(scale) = static_cast<T>(factor);
+  *mutable_data<T>(scale) = T(1);  // the gradients have it already
   return {loss, grad, grad_entropy, scale, stats};
 }
 
@@ -644,26 +775,24 @@ void add_bound_sums(const Inputs& in, const std::vector<double>& lows, const std
   const std::vector<Unit> units = units_of(in);
   const int64_t low_count = static_cast<int64_t>(lows.size()), count = low_count + static_cast<int64_t>(highs.size());
   std::vector<double> partial(units.size() * count, 0.0);
-  torch::stable::parallel_for(0, static_cast<int64_t>(units.size()), grain(std::min(kUnit, in.cols)),
-                              [&](int64_t first, int64_t last) {
-                                std::vector<Tokens<T>> scratch(1);
-                                Tokens<T>& t = scratch[0];
-                                for (int64_t u = first; u < last; ++u) {
-                                  for (int64_t col = units[u].begin; col < units[u].end; col += kTokens) {
-                                    const int64_t n = std::min(kTokens, units[u].end - col);
-                                    reader.read(t, units[u].row, col, n);
-                                    ratio_tile<T>(t, n);
-                                    for (int64_t k = 0; k < count; ++k) {
-                                      if (k < low_count) {
-                                        bound_tile<T, false>(t, static_cast<T>(lows[k]), t.loss, n);
-                                      } else {
-                                        bound_tile<T, true>(t, static_cast<T>(highs[k - low_count]), t.loss, n);
-                                      }
-                                      partial[u * count + k] += sum_tile<T>(t.loss, n);
-                                    }
-                                  }
-                                }
-                              });
+  torch::stable::parallel_for(0, static_cast<int64_t>(units.size()), 2, [&](int64_t first, int64_t last) {
+    std::vector<Tokens<T>> scratch(1);
+    Tokens<T>& t = scratch[0];
+    for (int64_t u = first; u < last; ++u) {
+      visit_unit(units[u], [&](int64_t row, int64_t col, int64_t n) {
+        reader.read(t, row, col, n);
+        ratio_tile<T, false>(t, n);
+        for (int64_t k = 0; k < count; ++k) {
+          if (k < low_count) {
+            bound_tile<T, false>(t, static_cast<T>(lows[k]), t.loss, n);
+          } else {
+            bound_tile<T, true>(t, static_cast<T>(highs[k - low_count]), t.loss, n);
+          }
+          partial[u * count + k] += sum_tile<T>(t.loss, n);
+        }
+      });
+    }
+  });
   for (size_t i = 0; i < partial.size(); ++i) out[i % count] += partial[i];
 }
 

@@ -38,7 +38,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_clip_adam, m) {
       "Tensor(a!) partials, Tensor(b!) out) -> ()");
   m.def(
       "cuda_logits_forward(Tensor logits, Tensor tokens, Tensor? mask, float inv_temperature, Tensor(a!) logp, "
-      "Tensor(b!) entropy, Tensor(c!) softmax) -> ()");
+      "Tensor(b!)? entropy, Tensor(c!) softmax) -> ()");
   m.def(
       "cuda_logits_backward(Tensor logits, Tensor tokens, Tensor softmax, Tensor entropy, Tensor grad_logp, "
       "Tensor? grad_entropy, float inv_temperature, Tensor(a!) out) -> ()");

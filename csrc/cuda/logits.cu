@@ -1,8 +1,9 @@
 // From logits to the log-probability and entropy of each token, and back: one block a row of V logits.
 //
-// Bytes per logit: forward one read, backward one read and one write: 2 + 4 in bfloat16. Operations: 11 instructions
-// forward and 21 backward, loads and stores included, of which one is 2^x. An H100 moves 13 B a clock and
-// multiprocessor, which leaves room for 20 and 39: a polynomial exp would be the bottleneck, the hardware's 2^x is not.
+// Bytes per logit: forward one read, backward one read and one write: 2 + 4 in bfloat16. Operations: one 2^x and a
+// handful beside it, loads and stores included; csrc's share of the machine code is in benchmarks/README.md. An H200
+// reads 18 B a clock and multiprocessor, which leaves a forward pass 14 instructions a logit: a polynomial exp would be
+// the bottleneck, and so would an entropy that nobody reads.
 #include <limits>
 #include <optional>
 
@@ -12,13 +13,23 @@ namespace fca {
 namespace {
 
 constexpr int kWords = 4;  // 16-byte words a thread asks for before it uses the first
-constexpr int kMostThreads = 512;
+#ifndef FCA_T
+#define FCA_T 512
+#endif
+constexpr int kMostThreads = FCA_T;
 constexpr int kMostWarps = kMostThreads / kWarp;
+
+// Blocks a multiprocessor should hold at least: while one is at the ends of its row, others keep the memory busy.
+template <typename T>
+constexpr int blocks_at_once() {
+  return sizeof(T) == 8 ? 1 : 1024 / kMostThreads;
+}
 
 // ---------------------------------------------------------------- powers of two
 
 // Below this 2^t is 0 in either type, while t 2^t is not NaN.
 constexpr double kFloor = -2000.0;
+constexpr double kMostTop = 1e30;  // greater exponents, if there were any, take the difference from the maximum first
 constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
 
 // 2^t. float: within 2 units in the last place; results below 2^-126 are 0. NaN stays NaN.
@@ -154,37 +165,66 @@ __device__ __forceinline__ void load_straddling_words(int64_t body, int64_t end,
 
 // ---------------------------------------------------------------- forward
 
-// max = the greatest x, sum = sum of 2^t, tilt = sum of t 2^t, t = (x - max) log2(e) / temperature, of what a thread
-// has seen. Before that max is the least finite number and not -inf, so that x - max is never inf - inf.
+// The exponents t = (x - max) log2(e) / temperature of a row, to be taken relative to its maximum: a difference and a
+// multiply-add each. `top`, the rounded exponent of the maximum, is the same for a whole row and cancels in a softmax.
+// Where it would overflow the difference is taken first.
 template <typename T>
+struct Exponent {
+  T max, steepness;  // steepness: log2(e) / temperature
+  T shift, top;
+
+  __device__ __forceinline__ Exponent(T max, T steepness) : max(max), steepness(steepness) {
+    top = max * steepness;
+    const bool small = std::fabs(top) < T(kMostTop);
+    shift = small ? T(0) : max;
+    top = small ? top : T(0);
+  }
+  __device__ __forceinline__ T operator()(T x) const { return std::fma(x - shift, steepness, -top); }
+
+  // What t is too much by, for having rounded `top`.
+  __device__ __forceinline__ double excess() const {
+    return (static_cast<double>(max) - static_cast<double>(shift)) * static_cast<double>(steepness) -
+           static_cast<double>(top);
+  }
+};
+
+// sum = sum of 2^t and tilt = sum of t 2^t of what a thread has seen. Before that the maximum is the least finite
+// number and not -inf, so that no exponent is inf - inf.
+template <typename T, bool TILT>
 struct Softmax {
   static constexpr T kLowest = std::numeric_limits<T>::lowest();
-  T max = kLowest, sum = 0, tilt = 0;
+  Exponent<T> exponent;
+  T sum = 0, tilt = 0;
 
-  __device__ __forceinline__ void raise(T to, T steepness) {
-    const T shift = std::fmax((max - to) * steepness, T(kFloor)), factor = power_of_2(shift);
-    tilt = (tilt + shift * sum) * factor;
+  __device__ __forceinline__ explicit Softmax(T steepness) : exponent(kLowest, steepness) {}
+
+  __device__ __forceinline__ void raise(T to) {
+    const Exponent<T> next(to, exponent.steepness);
+    const T distance = exponent.shift == T(0) && next.shift == T(0) ? exponent.top - next.top
+                                                                    : (exponent.max - to) * exponent.steepness;
+    const T down = std::fmax(distance, T(kFloor)), factor = power_of_2(down);
+    if (TILT) tilt = (tilt + down * sum) * factor;
     sum *= factor;
-    max = to;
+    exponent = next;
   }
 
-  // `steepness`: log2(e) / temperature. fmax leaves a NaN out, but 2^t does not, and +inf becomes one by inf - inf.
+  // fmax leaves a NaN out, but 2^t does not, and +inf becomes one by inf - inf.
   template <int N>
-  __device__ __forceinline__ void add(const T (&x)[N], T steepness) {
+  __device__ __forceinline__ void add(const T (&x)[N]) {
     T most = x[0];
 #pragma unroll
     for (int j = 1; j < N; ++j) most = std::fmax(most, x[j]);
-    if (most > max) raise(most, steepness);
+    if (most > exponent.max) raise(most);
     T part_sum = 0, part_tilt = 0;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      const T t = (x[j] - max) * steepness;
+      const T t = exponent(x[j]);
       const T e = power_of_2(t);
       part_sum += e;
-      part_tilt = std::fma(std::fmax(t, T(kFloor)), e, part_tilt);
+      if (TILT) part_tilt = std::fma(std::fmax(t, T(kFloor)), e, part_tilt);
     }
     sum += part_sum;
-    tilt += part_tilt;
+    if (TILT) tilt += part_tilt;
   }
 };
 
@@ -195,12 +235,13 @@ struct Forward {
   Plane<const int64_t> tokens;
   Plane<const uint8_t> mask;  // bytes: a bool tensor viewed from other data may hold more than 0 and 1
   double inv_temperature;
-  T steepness;                        // log2(e) / temperature
-  T *logp, *entropy, *max, *log_sum;  // contiguous
+  T steepness;        // log2(e) / temperature
+  T *logp, *entropy;  // contiguous; entropy null: not wanted
+  T *max, *log2_sum;  // contiguous: the greatest logit, log2 of the sum relative to it
 };
 
-template <typename S, typename T>
-__global__ void __launch_bounds__(kMostThreads, sizeof(T) == 8 ? 1 : 2) logits_forward_kernel(Forward<T> work) {
+template <typename S, typename T, bool ENTROPY>
+__global__ void __launch_bounds__(kMostThreads, blocks_at_once<T>()) logits_forward_kernel(Forward<T> work) {
   __shared__ T fold_max[kMostWarps];
   __shared__ double fold[kMostWarps];
   constexpr int kPerWord = 16 / sizeof(S);
@@ -211,20 +252,22 @@ __global__ void __launch_bounds__(kMostThreads, sizeof(T) == 8 ? 1 : 2) logits_f
   if (masked || y < 0 || y >= work.vocabulary) {
     if (threadIdx.x == 0) {
       const T bad = T(NAN);
-      work.logp[token] = work.entropy[token] = masked ? T(0) : bad;
-      work.max[token] = work.log_sum[token] = bad;  // no gradient, whatever comes from above
+      work.logp[token] = masked ? T(0) : bad;
+      if (ENTROPY) work.entropy[token] = masked ? T(0) : bad;
+      work.max[token] = work.log2_sum[token] = bad;  // no gradient, whatever comes from above
     }
     return;
   }
   const int64_t address = work.logits.at(row, col);
-  const T x_y = threadIdx.x == 0 ? load_one<S, T>(address, y) : T(0);  // early: there is time until it is needed
+  __shared__ T x_y;
+  if (threadIdx.x == 0) x_y = load_one<S, T>(address, y);  // read by the same thread, in the end
 
   // Which thread adds what does not depend on where the row lies in memory: a token's numbers have the same bits in
   // every batch. A row off a 16-byte boundary (V odd, or a slice) is read through the L1, and costs some more.
   const int64_t words = work.vocabulary / kPerWord, end = address + work.vocabulary * static_cast<int64_t>(sizeof(S));
   const bool aligned = address % 16 == 0;
   const uint4 absent = absent_word<S>();
-  Softmax<T> own;
+  Softmax<T, ENTROPY> own(work.steepness);
   for (int64_t first = threadIdx.x; first < words; first += kWords * blockDim.x) {
     uint4 held[kWords];
     if (aligned) {
@@ -235,17 +278,17 @@ __global__ void __launch_bounds__(kMostThreads, sizeof(T) == 8 ? 1 : 2) logits_f
     T x[kWords * kPerWord];
 #pragma unroll
     for (int j = 0; j < kWords * kPerWord; ++j) x[j] = element<S, T>(held[j / kPerWord], j % kPerWord);
-    own.add(x, work.steepness);
+    own.add(x);
   }
 #pragma unroll 1
   for (int64_t i = words * kPerWord + threadIdx.x; i < work.vocabulary; i += blockDim.x) {
     const T x[1] = {load_one<S, T>(address, i)};
-    own.add(x, work.steepness);
+    own.add(x);
   }
 
   // Over the block, in a fixed order: the maximum, then the sums relative to it.
   const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  T most = own.max;
+  T most = own.exponent.max;
 #pragma unroll
   for (int width = kWarp / 2; width > 0; width /= 2) {
     most = std::fmax(most, __shfl_xor_sync(0xffffffffu, most, width));
@@ -253,18 +296,18 @@ __global__ void __launch_bounds__(kMostThreads, sizeof(T) == 8 ? 1 : 2) logits_f
   if (threadIdx.x % kWarp == 0) fold_max[warp] = most;
   __syncthreads();
   for (int i = 0; i < warps; ++i) most = std::fmax(most, fold_max[i]);
-  own.raise(most, work.steepness);
+  own.raise(most);
   const double sum = block_sum(static_cast<double>(own.sum), fold);
-  const double tilt = block_sum(static_cast<double>(own.tilt), fold);
+  const double tilt = ENTROPY ? block_sum(static_cast<double>(own.tilt), fold) : 0.0;
   if (threadIdx.x != 0) return;
-  const double log_sum = std::log(sum);
+  const double log2_sum = std::log2(sum);
   const double from_max = (static_cast<double>(x_y) - static_cast<double>(most)) * work.inv_temperature;
-  const T m = most * static_cast<T>(work.inv_temperature), bad = T(NAN);
-  const bool good = sum > 0 && m - m == T(0);  // else NaN in the row, +inf, or nothing but -inf
-  work.logp[token] = good ? static_cast<T>(from_max - log_sum) : bad;
-  work.entropy[token] = good ? static_cast<T>(log_sum - kLn2 * tilt / sum) : bad;
-  work.max[token] = good ? m : bad;
-  work.log_sum[token] = good ? static_cast<T>(log_sum) : bad;
+  const T bad = T(NAN);
+  const bool good = sum > 0 && most - most == T(0);  // else NaN in the row, +inf, or nothing but -inf
+  work.logp[token] = good ? static_cast<T>(from_max - kLn2 * (log2_sum - own.exponent.excess())) : bad;
+  if (ENTROPY) work.entropy[token] = good ? static_cast<T>(kLn2 * (log2_sum - tilt / sum)) : bad;
+  work.max[token] = good ? most : bad;
+  work.log2_sum[token] = good ? static_cast<T>(log2_sum) : bad;
 }
 
 // ---------------------------------------------------------------- backward
@@ -274,34 +317,38 @@ struct Backward {
   Rows logits, out;
   int64_t cols, vocabulary;
   Plane<const int64_t> tokens;
-  Plane<const T> grad_logp, grad_entropy, entropy, max, log_sum;
-  T inv_temperature;
+  Plane<const T> grad_logp, grad_entropy, entropy, max, log2_sum;
+  T inv_temperature, steepness;
 };
 
-// d = ([v == y] - p) g / temperature - h p (log p + H) / temperature
-template <typename T>
+// d = ([v == y] - p) g / temperature - h p (log p + H)) / temperature, without the token's own term
+template <typename T, bool ENTROPY>
 struct RowGradient {
-  T inv_temperature, max, log_sum, entropy;
-  T pull, slope;  // g and h over the temperature
+  Exponent<T> exponent;
+  T log2_sum;
+  T base, slope;  // (g + h H) / temperature and h ln2 / temperature
 
-  // Without the token's own term. The floor keeps p log p at 0 where p is.
   __device__ __forceinline__ T operator()(T x) const {
-    const T log_p = std::fmax((x * inv_temperature - max) - log_sum, T(kFloor));
-    return -power_of_2(log_p * T(kLog2E)) * std::fma(slope, log_p + entropy, pull);
+    const T t = exponent(x) - log2_sum;
+    // The floor keeps p log p at 0 where p is.
+    return -power_of_2(t) * (ENTROPY ? std::fma(slope, std::fmax(t, T(kFloor)), base) : base);
   }
 };
 
-template <typename S, typename T>
-__global__ void __launch_bounds__(kMostThreads, sizeof(T) == 8 ? 1 : 2) logits_backward_kernel(Backward<T> work) {
+template <typename S, typename T, bool ENTROPY>
+__global__ void __launch_bounds__(kMostThreads, blocks_at_once<T>()) logits_backward_kernel(Backward<T> work) {
   constexpr int kPerWord = 16 / sizeof(S);
-  const unsigned token = blockIdx.x, cols = static_cast<unsigned>(work.cols);
+  // The last rows first: some of what the forward pass has read last is still in the L2.
+  const unsigned token = gridDim.x - 1 - blockIdx.x, cols = static_cast<unsigned>(work.cols);
   const int64_t row = token / cols, col = token % cols;
   const T g = work.grad_logp.at(row, col);
-  const T h = work.grad_entropy.data == nullptr ? T(0) : work.grad_entropy.at(row, col);
-  const T max = work.max.at(row, col), log_sum = work.log_sum.at(row, col), entropy = work.entropy.at(row, col);
-  const bool zero = (g == T(0) && h == T(0)) || !(max - max == T(0)) || !(log_sum - log_sum == T(0));
-  const RowGradient<T> gradient = {work.inv_temperature,    max, log_sum, entropy, g * work.inv_temperature,
-                                   h * work.inv_temperature};
+  const T h = ENTROPY ? work.grad_entropy.at(row, col) : T(0), entropy = ENTROPY ? work.entropy.at(row, col) : T(0);
+  const T max = work.max.at(row, col), log2_sum = work.log2_sum.at(row, col);
+  const bool zero = (g == T(0) && h == T(0)) || !(max - max == T(0)) || !(log2_sum - log2_sum == T(0));
+  const Exponent<T> exponent(max, work.steepness);
+  const T pull = g * work.inv_temperature;
+  const RowGradient<T, ENTROPY> gradient = {exponent, log2_sum, (ENTROPY ? g + h * entropy : g) * work.inv_temperature,
+                                            h * work.inv_temperature * T(kLn2)};
   const int64_t y = zero ? -1 : work.tokens.at(row, col);
 
   const int64_t address = work.logits.at(row, col), out = work.out.at(row, col);
@@ -322,7 +369,7 @@ __global__ void __launch_bounds__(kMostThreads, sizeof(T) == 8 ? 1 : 2) logits_b
         const int64_t place = y - parts.head - at * kPerWord;
         if (place >= 0 && place < kPerWord) {
 #pragma unroll
-          for (int j = 0; j < kPerWord; ++j) d[j] += j == place ? gradient.pull : T(0);
+          for (int j = 0; j < kPerWord; ++j) d[j] += j == place ? pull : T(0);
         }
 #pragma unroll
         for (int j = 0; j < kPerWord; ++j) {
@@ -337,7 +384,7 @@ __global__ void __launch_bounds__(kMostThreads, sizeof(T) == 8 ? 1 : 2) logits_b
   for (int64_t n = threadIdx.x; n < parts.singles(); n += blockDim.x) {
     const int64_t i = parts.single(n);
     T d = 0;
-    if (!zero) d = gradient(load_one<S, T>(address, i)) + (i == y ? gradient.pull : T(0));
+    if (!zero) d = gradient(load_one<S, T>(address, i)) + (i == y ? pull : T(0));
     store_one<S>(out, i, d);
   }
 }
@@ -380,10 +427,10 @@ int64_t token_count(const Tensor& logits) {
 
 template <typename S, typename T>
 void forward(const Tensor& logits, const Tensor& tokens, const std::optional<Tensor>& mask, double inv_temperature,
-             const Tensor& logp, const Tensor& entropy, const Tensor& softmax) {
+             const Tensor& logp, const std::optional<Tensor>& entropy, const Tensor& softmax) {
   const int64_t count = token_count(logits);
   check_buffer(logp, scalar_type<T>, count, "logp");
-  check_buffer(entropy, scalar_type<T>, count, "entropy");
+  if (entropy) check_buffer(*entropy, scalar_type<T>, count, "entropy");
   check_buffer(softmax, scalar_type<T>, 2 * count, "softmax");
   Forward<T> work;
   work.logits = rows_of(logits, "logits");
@@ -394,12 +441,12 @@ void forward(const Tensor& logits, const Tensor& tokens, const std::optional<Ten
   work.inv_temperature = inv_temperature;
   work.steepness = static_cast<T>(inv_temperature * kLog2E);
   work.logp = mutable_data<T>(logp);
-  work.entropy = mutable_data<T>(entropy);
+  work.entropy = entropy ? mutable_data<T>(*entropy) : nullptr;
   work.max = mutable_data<T>(softmax);
-  work.log_sum = work.max + count;
+  work.log2_sum = work.max + count;
   if (count == 0) return;
-  Launcher(logits).run("logits_forward_kernel", logits_forward_kernel<S, T>, count,
-                       threads_for(work.vocabulary, sizeof(S)), work);
+  const auto kernel = entropy ? logits_forward_kernel<S, T, true> : logits_forward_kernel<S, T, false>;
+  Launcher(logits).run("logits_forward_kernel", kernel, count, threads_for(work.vocabulary, sizeof(S)), work);
 }
 
 template <typename S, typename T>
@@ -423,18 +470,19 @@ void backward(const Tensor& logits, const Tensor& tokens, const Tensor& softmax,
   work.tokens = plane_of<int64_t>(tokens, logits, ScalarType::Long, "tokens");
   work.grad_logp = plane_of<T>(grad_logp, logits, scalar_type<T>, "grad_logp");
   if (grad_entropy) work.grad_entropy = plane_of<T>(*grad_entropy, logits, scalar_type<T>, "grad_entropy");
-  work.entropy = plane_of<T>(entropy, logits, scalar_type<T>, "entropy");
+  if (grad_entropy) work.entropy = plane_of<T>(entropy, logits, scalar_type<T>, "entropy");
   work.max = {const_data<T>(softmax), work.cols, 1};
-  work.log_sum = {const_data<T>(softmax) + count, work.cols, 1};
+  work.log2_sum = {const_data<T>(softmax) + count, work.cols, 1};
   work.inv_temperature = static_cast<T>(inv_temperature);
+  work.steepness = static_cast<T>(inv_temperature * kLog2E);
   if (count == 0) return;
-  Launcher(logits).run("logits_backward_kernel", logits_backward_kernel<S, T>, count,
-                       threads_for(work.vocabulary, sizeof(S)), work);
+  const auto kernel = grad_entropy ? logits_backward_kernel<S, T, true> : logits_backward_kernel<S, T, false>;
+  Launcher(logits).run("logits_backward_kernel", kernel, count, threads_for(work.vocabulary, sizeof(S)), work);
 }
 
 // The operators: arguments as above, logits of any dtype.
 void cuda_logits_forward(const Tensor& logits, const Tensor& tokens, std::optional<Tensor> mask, double inv_temperature,
-                         const Tensor& logp, const Tensor& entropy, const Tensor& softmax) {
+                         const Tensor& logp, std::optional<Tensor> entropy, const Tensor& softmax) {
   auto run = forward<float, float>;
   const DType dtype = floating_dtype(logits, "logits");
   if (dtype == DType::F64) run = forward<double, double>;

@@ -328,7 +328,7 @@ struct Gradients {
 // The aggregation weight, the KL and entropy terms, and what the statistics sum of a token that the rule has seen.
 template <typename T>
 __device__ __forceinline__ Gradients<T> add_token(const Work<T>& work, T limit, const Read<T>& t,
-                                                  const SequenceNumbers& of_sequence, T r, T token_ratio,
+                                                  const SequenceNumbers& of_sequence, T r, T beyond_linear,
                                                   const Token<T>& own, Sums<T>& sums) {
   const bool mean = work.aggregation == Aggregation::SEQUENCE_MEAN;
   const T a = (mean ? static_cast<T>(of_sequence.inv_length) : T(1)) * t.valid;
@@ -350,7 +350,7 @@ __device__ __forceinline__ Gradients<T> add_token(const Work<T>& work, T limit, 
   const T grad_entropy = -work.entropy_coef * a;
   if (work.entropy.address != 0) loss = saturate(loss + weighted(grad_entropy, t.entropy, saturation(T())), limit);
 
-  const T mass = saturate(a * r * select(t.A < T(0), -t.A, t.A));
+  const T mass = at_most(a * r * std::fabs(t.A));
   sums.tokens += t.valid;
   sums.low += own.clipped_low * t.valid;
   sums.high += own.clipped_high * t.valid;
@@ -359,8 +359,8 @@ __device__ __forceinline__ Gradients<T> add_token(const Work<T>& work, T limit, 
   sums.suppressed += static_cast<double>(select(own.grad == T(0) || own.keep == T(0), mass, T(0)));
   sums.total += static_cast<double>(mass);
   sums.k1 += static_cast<double>(-t.D);
-  sums.k2 += static_cast<double>(saturate(T(0.5) * t.D * t.D));
-  sums.k3 += static_cast<double>(exp_beyond_linear(t.D, token_ratio) * t.valid);
+  sums.k2 += static_cast<double>(at_most(T(0.5) * t.D * t.D));
+  sums.k3 += static_cast<double>(beyond_linear * t.valid);
   const T used_ratio = r * t.valid;
   sums.ratio += static_cast<double>(used_ratio);
   sums.ratio_sq += static_cast<double>(used_ratio) * static_cast<double>(used_ratio);
@@ -411,7 +411,7 @@ __global__ void __launch_bounds__(kThreads) token_kernel(const __grid_constant__
     Read<T> tokens[kHeld];
     TokenInput<T> in[kHeld];
     Token<T> own[kHeld];
-    T token_ratio[kHeld];
+    T beyond_linear[kHeld];
 #pragma unroll
     for (int j = 0; j < kHeld; ++j) {
       numbers[j] = {1.0, 0.0, 0.0};
@@ -423,15 +423,16 @@ __global__ void __launch_bounds__(kThreads) token_kernel(const __grid_constant__
       tokens[j] = loads.read(work, j, listed[j], known);
       const Read<T>& t = tokens[j];
       const T s = static_cast<T>(numbers[j].s);
-      token_ratio[j] = exp_clamped(clamp_log_ratio(t.D));
-      const T r = has_sequence_ratio(work.rule) ? exp_clamped(clamp_log_ratio(s)) : token_ratio[j];
+      const RatioParts<T> of_token = ratio_parts(t.D);
+      beyond_linear[j] = of_token.beyond_linear;
+      const T r = has_sequence_ratio(work.rule) ? exp_clamped(clamp_log_ratio(s)) : of_token.ratio;
       in[j] = {r, t.D, t.A, t.logp, t.aux, s};
     }
     evaluate(work.rule, in, p, own);
 #pragma unroll
     for (int j = 0; j < kHeld; ++j) {
       const Gradients<T> gradients =
-          add_token(work, limit, tokens[j], numbers[j], in[j].r, token_ratio[j], own[j], sums);
+          add_token(work, limit, tokens[j], numbers[j], in[j].r, beyond_linear[j], own[j], sums);
       const int64_t i = base + j * kThreads;
       if (listed[j] && work.grad != nullptr) __stcg(work.grad + i, gradients.logp);
       if (listed[j] && work.grad_entropy != nullptr) __stcg(work.grad_entropy + i, gradients.entropy);

@@ -235,12 +235,15 @@ struct Work {
   int* finished;  // blocks of this launch that are done; 0 between launches
 };
 
+// The last chunks first: some of the gradients that the norm pass has read last are still in the L2.
+__device__ __forceinline__ unsigned chunk_index() { return gridDim.x - 1 - blockIdx.x; }
+
 // Adds the launch's sum of squared unscaled gradients to `grad_square_sum`: the block that finishes last adds up what
 // all have left, in their order, so that the sum does not depend on who was last.
 __device__ __forceinline__ void gather_norm(const Work& work, double squares, double unscale, Shared& shared) {
   const double sum = block_sum<kThreads>(squares, shared.fold);
   if (threadIdx.x == 0) {
-    work.partials[blockIdx.x] = sum;
+    work.partials[chunk_index()] = sum;
     __threadfence();
     shared.last = atomicAdd(work.finished, 1) == static_cast<int>(gridDim.x) - 1;
   }
@@ -268,7 +271,7 @@ __device__ __forceinline__ double update_singles(const Work& work, const Row& ro
 template <typename T, Overshoot RULE, bool AMSGRAD, bool COUPLED>
 __global__ void __launch_bounds__(kThreads, blocks_at_once(RULE, sizeof(T) == 8)) update_singles_kernel(Work work) {
   __shared__ Shared shared;
-  const Chunk chunk = work.chunks[blockIdx.x];
+  const Chunk chunk = work.chunks[chunk_index()];
   const TensorScalars& scalars = work.scalars[chunk.row];
   if (scalars.skip != 0.0) return;
   const Row& row = reinterpret_cast<const Row*>(work.fixed)[chunk.row];
@@ -284,7 +287,7 @@ template <typename SP, typename SG, typename SS, Overshoot RULE, bool COUPLED>
 __global__ void __launch_bounds__(kThreads, blocks_at_once(RULE, false)) update_runs_kernel(Work work) {
   using RowAccess = RunsOfRow<SP, SG, SS>;
   __shared__ Shared shared;
-  const Chunk chunk = work.chunks[blockIdx.x];
+  const Chunk chunk = work.chunks[chunk_index()];
   const TensorScalars& scalars = work.scalars[chunk.row];
   if (scalars.skip != 0.0) return;
   const Row& row = reinterpret_cast<const Row*>(work.fixed)[chunk.row];

@@ -111,13 +111,13 @@ def bound_sums(
 
 
 def logits_forward(
-    logits: Tensor, tokens: Tensor, mask: Tensor | None, inv_temperature: float
+    logits: Tensor, tokens: Tensor, mask: Tensor | None, inv_temperature: float, want_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One launch, which reads the logits once."""
-    numbers = torch.empty(4, *tokens.shape, dtype=_arithmetic(logits), device=logits.device)
-    logp, entropy, softmax = numbers[0], numbers[1], numbers[2:]
-    _logits_forward(logits, tokens, mask, inv_temperature, logp, entropy, softmax)
-    return logp, entropy, softmax
+    numbers = torch.empty(3 + want_entropy, *tokens.shape, dtype=_arithmetic(logits), device=logits.device)
+    softmax, logp, *entropy = numbers[:2], *numbers[2:]
+    _logits_forward(logits, tokens, mask, inv_temperature, logp, entropy[0] if want_entropy else None, softmax)
+    return logp, entropy[0] if want_entropy else numbers[:0, 0], softmax
 
 
 def logits_backward(

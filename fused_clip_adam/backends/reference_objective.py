@@ -414,14 +414,17 @@ def bound_sums(
 # ---------------------------------------------------------------- from logits
 
 
-def logits_forward(logits: Tensor, tokens: Tensor, mask: Tensor | None, inv_temperature: float):
+def logits_forward(
+    logits: Tensor, tokens: Tensor, mask: Tensor | None, inv_temperature: float, want_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability of each row's token and entropy of each row of [B, T, V] logits.
 
     z = x inv_temperature; m = max z; S = sum exp(z - m); logp = z_y - m - log S;
     entropy = log S - sum (z - m) exp(z - m) / S
 
     Returns:
-        (logp, entropy, softmax): [B, T], [B, T], [2, B, T] (m and log S); float32, float64 for float64 logits. 0 where
+        (logp, entropy, softmax): [B, T], [B, T] (of no size unless wanted), [2, B, T] (what this backend's
+        `logits_backward` needs of a row: here m and log S); float32, float64 for float64 logits. 0 where
         masked; NaN where the row has no softmax or the token is not in [0, V). `softmax` is NaN in both cases.
     """
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -432,16 +435,18 @@ def logits_forward(logits: Tensor, tokens: Tensor, mask: Tensor | None, inv_temp
     shifted = z - m.unsqueeze(-1)
     e = shifted.exp()
     S = e.sum(-1, dtype=torch.float64)
-    moment = torch.where(e == 0, 0.0, shifted * e).sum(-1, dtype=torch.float64)
     at_token = shifted.gather(-1, torch.where(known, tokens, 0).unsqueeze(-1)).squeeze(-1)
     # A row that holds NaN, +inf or nothing but -inf has NaN in S.
     logp = torch.where(known, at_token.double() - S.log(), torch.nan)
-    entropy = torch.where(known, S.log() - moment / S, torch.nan)
-    logp, entropy = (torch.where(unmasked & S.isnan(), torch.nan, x).to(dtype) for x in (logp, entropy))
+    logp = torch.where(unmasked & S.isnan(), torch.nan, logp).to(dtype)
     softmax = torch.stack([m.double(), S.log()]).to(dtype)
     # Without a softmax a row has no gradient, whatever comes from above.
     softmax = softmax.masked_fill(~unmasked | logp.isnan(), torch.nan)
-    return logp.masked_fill(~unmasked, 0.0), entropy.masked_fill(~unmasked, 0.0), softmax
+    entropy = logp.new_empty(0, 0)
+    if want_entropy:
+        moment = torch.where(e == 0, 0.0, shifted * e).sum(-1, dtype=torch.float64)
+        entropy = torch.where(logp.isnan(), torch.nan, S.log() - moment / S).to(dtype).masked_fill(~unmasked, 0.0)
+    return logp.masked_fill(~unmasked, 0.0), entropy, softmax
 
 
 def logits_backward(
@@ -462,7 +467,8 @@ def logits_backward(
     dtype = softmax.dtype
     g, h = grad_logp, torch.zeros_like(grad_logp) if grad_entropy is None else grad_entropy
     used = ((g != 0) | (h != 0)) & softmax.isfinite().all(0)
-    g, h, H = (torch.where(used, x, 0.0).unsqueeze(-1) for x in (g, h, entropy))
+    H = torch.zeros_like(g) if grad_entropy is None else entropy
+    g, h, H = (torch.where(used, x, 0.0).unsqueeze(-1) for x in (g, h, H))
     m, log_S = torch.where(used, softmax, 0.0).unsqueeze(-1)
     log_p = torch.where(used.unsqueeze(-1), logits.to(dtype), 0.0) * inv_temperature - m - log_S
     p = log_p.exp()

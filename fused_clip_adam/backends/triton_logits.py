@@ -78,14 +78,15 @@ def load_runs(row_ptr, runs, first, ALIGNED: tl.constexpr, VECTOR: tl.constexpr,
 
 
 @triton.jit
-def accumulate(m, S, U, z):
+def accumulate(m, S, U, z, ENTROPY: tl.constexpr):
     """Takes z [N, K] into N running m = max z, S = sum e^(z - m), U = sum (z - m) e^(z - m)."""
     m_new = tl.maximum(m, tl.max(z, axis=1))
     step = tl.maximum(m - m_new, LEAST)
     shrink = tl.exp(step)
     t = z - m_new[:, None]
     e = tl.exp(t)
-    U = shrink * (U + step * S) + tl.sum(tl.maximum(t, LEAST) * e, axis=1)
+    if ENTROPY:
+        U = shrink * (U + step * S) + tl.sum(tl.maximum(t, LEAST) * e, axis=1)
     S = shrink * S + tl.sum(e, axis=1)
     return m_new, S, U
 
@@ -104,7 +105,7 @@ def forward_kernel(
     tokens_ptr,  # int64 [rows // cols, cols]
     mask_ptr,  # uint8 likewise, or None
     logp_ptr,  # T [rows]
-    entropy_ptr,  # T [rows]
+    entropy_ptr,  # T [rows], or None
     softmax_ptr,  # T [2, rows]: m, log S; NaN where the row is not read or has none
     inv_temperature: tl.float64,
     rows: tl.int64,
@@ -132,7 +133,8 @@ def forward_kernel(
         unread = unread | masked
     if unread:
         tl.store(logp_ptr + row, answer)
-        tl.store(entropy_ptr + row, answer)
+        if entropy_ptr is not None:
+            tl.store(entropy_ptr + row, answer)
         tl.store(softmax_ptr + row, nan)
         tl.store(softmax_ptr + rows + row, nan)
         return
@@ -148,12 +150,13 @@ def forward_kernel(
     runs = V // VECTOR
     for first in range(0, bound(runs), TILE):
         x = load_runs(row_ptr, runs, first, ALIGNED, VECTOR, TILE)
-        m, S, U = accumulate(m, S, U, load_as(x, T) * scale)
+        m, S, U = accumulate(m, S, U, load_as(x, T) * scale, entropy_ptr is not None)
     index = runs * VECTOR + tl.arange(0, VECTOR)
     x = tl.load(row_ptr + index, mask=index < V, other=float("-inf"))
     m_rest = tl.full([VECTOR], lowest, T)
     zero = tl.zeros([VECTOR], T)
-    m_rest, S_rest, U_rest = accumulate(m_rest, zero, zero, (load_as(x, T) * scale)[:, None])
+    z_rest = (load_as(x, T) * scale)[:, None]
+    m_rest, S_rest, U_rest = accumulate(m_rest, zero, zero, z_rest, entropy_ptr is not None)
 
     M = tl.maximum(tl.max(m), tl.max(m_rest))
     S_sum, U_sum = fold(m, S, U, M)
@@ -164,7 +167,8 @@ def forward_kernel(
     log_S = tl.log(S_sum)
     logp = (z_y.to(tl.float64) - M.to(tl.float64)) - log_S
     tl.store(logp_ptr + row, tl.where(readable, logp.to(T), nan))
-    tl.store(entropy_ptr + row, tl.where(readable, (log_S - U_sum / S_sum).to(T), nan))
+    if entropy_ptr is not None:
+        tl.store(entropy_ptr + row, tl.where(readable, (log_S - U_sum / S_sum).to(T), nan))
     tl.store(softmax_ptr + row, tl.where(readable, M, nan))
     tl.store(softmax_ptr + rows + row, tl.where(readable, log_S.to(T), nan))
 
@@ -239,7 +243,8 @@ def backward_kernel(
     TILE: tl.constexpr,  # vectors at a time
     TAIL: tl.constexpr,  # logits at a time outside of vectors
 ):
-    row = tl.program_id(0).to(tl.int64)
+    # The last rows first: some of what the forward pass has read last is still in the L2.
+    row = rows - 1 - tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row_offset(row, cols, logits_row, logits_col)
     to_ptr = out_ptr + row_offset(row, cols, out_row, out_col)
     head, vectors = split_row(to_ptr, V, BYTES_EACH, VECTOR)
@@ -307,13 +312,14 @@ def _is_aligned(logits: Tensor) -> bool:
 
 
 def logits_forward(
-    logits: Tensor, tokens: Tensor, mask: Tensor | None, inv_temperature: float
+    logits: Tensor, tokens: Tensor, mask: Tensor | None, inv_temperature: float, want_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See reference_objective.py. Reads each row whose mask is set once."""
     B, cols, V = logits.shape
     code = DTYPES.index(logits.dtype)
     dtype = torch.float64 if code == 0 else torch.float32
-    logp, entropy = (torch.empty(B, cols, dtype=dtype, device=logits.device) for _ in range(2))
+    logp = torch.empty(B, cols, dtype=dtype, device=logits.device)
+    entropy = torch.empty_like(logp) if want_entropy else logp.new_empty(0, 0)
     softmax = torch.empty(2, B, cols, dtype=dtype, device=logits.device)
     if B * cols:
         launch_kernel(
@@ -324,7 +330,7 @@ def logits_forward(
             tokens,
             None if mask is None else mask.view(torch.uint8),
             logp,
-            entropy,
+            entropy if want_entropy else None,
             softmax,
             float(inv_temperature),
             B * cols,

@@ -9,6 +9,7 @@ clip takes out are not read.
 
 from __future__ import annotations
 
+import dataclasses
 from types import ModuleType
 from typing import Any
 
@@ -23,12 +24,24 @@ from fused_clip_adam.objectives.ppo import PPO
 from fused_clip_adam.objectives.stats import ClipStats
 
 
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """Beside the tensors of a call. scale: 1 / temperature. run: the backend's module."""
+
+    scale: float
+    inplace: bool
+    want_entropy: bool
+    run: ModuleType
+
+
 class _LogpFromLogits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, tokens: Tensor, mask: Tensor | None, scale: float, inplace: bool, run: Any):
-        logp, entropy, softmax = run.logits_forward(logits.detach(), tokens, mask, scale)
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor, mask: Tensor | None, settings: _Settings):
+        logp, entropy, softmax = settings.run.logits_forward(
+            logits.detach(), tokens, mask, settings.scale, settings.want_entropy
+        )
         ctx.save_for_backward(logits, tokens, softmax, entropy)
-        ctx.scale, ctx.inplace, ctx.run = scale, inplace, run
+        ctx.settings = settings
         ctx.set_materialize_grads(False)
         return logp, entropy
 
@@ -37,14 +50,14 @@ class _LogpFromLogits(torch.autograd.Function):
     def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None):
         logits, tokens, softmax, entropy = ctx.saved_tensors
         if grad_logp is None and grad_entropy is None:
-            return None, None, None, None, None, None
+            return None, None, None, None
         grad_logp = torch.zeros_like(entropy) if grad_logp is None else grad_logp
-        values = logits.detach()
-        out = values if ctx.inplace else torch.empty_like(values)
-        ctx.run.logits_backward(values, tokens, softmax, entropy, grad_logp, grad_entropy, ctx.scale, out)
-        if ctx.inplace:  # whoever else saved the logits, this node in a second backward too, is told that they are gone
+        values, settings = logits.detach(), ctx.settings
+        out = values if settings.inplace else torch.empty_like(values)
+        settings.run.logits_backward(values, tokens, softmax, entropy, grad_logp, grad_entropy, settings.scale, out)
+        if settings.inplace:  # whoever else saved the logits, this node in a second backward too, is told that they are gone
             torch.autograd.graph.increment_version([values])
-        return out, None, None, None, None, None
+        return out, None, None, None
 
 
 def logp_from_logits(
@@ -81,11 +94,26 @@ def logp_from_logits(
 
     Source: softmax in one pass: Milakov and Gimelshein 2018 (arXiv 1805.02867), Algorithm 3.
     """
+    return _logp_from_logits(logits, tokens, mask, temperature, inplace_backward, backend, want_entropy=True)
+
+
+def _logp_from_logits(
+    logits: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    inplace_backward: bool,
+    backend: str,
+    want_entropy: bool,
+) -> tuple[Tensor, Tensor]:
+    """`logp_from_logits`, whose entropy, a third of the arithmetic, has no size where nobody wants it."""
     mask, scale, run = _check_logits(logits, tokens, mask, temperature, inplace_backward, backend)
     packed = logits.dim() == 2
     rows = [x.unsqueeze(0) if packed and x is not None else x for x in (logits, tokens.detach().long(), mask)]
-    logp, entropy = _LogpFromLogits.apply(*rows, scale, inplace_backward, run)
-    return (logp.squeeze(0), entropy.squeeze(0)) if packed else (logp, entropy)
+    logp, entropy = _LogpFromLogits.apply(*rows, _Settings(scale, inplace_backward, want_entropy, run))
+    if not packed:
+        return logp, entropy
+    return logp.squeeze(0), entropy.squeeze(0) if want_entropy else entropy
 
 
 def policy_loss_from_logits(
@@ -131,14 +159,17 @@ def policy_loss_from_logits(
     entropy_coef = number("entropy_coef", entropy_coef)
     if not abs(entropy_coef) <= torch.finfo(torch.float32).max:
         raise ValueError(f"entropy_coef must be finite in float32, got {entropy_coef!r}")
-    softmax = dict(temperature=temperature, inplace_backward=inplace_backward, backend=backend)
-    logp, own_entropy = logp_from_logits(logits, tokens, mask=mask, **softmax)
-    if entropy is None and "entropy" in getattr(objective, "needs", ()):
+    by_objective = entropy is None and "entropy" in getattr(objective, "needs", ())
+    logp, own_entropy = _logp_from_logits(
+        logits, tokens, mask, temperature, inplace_backward, backend, want_entropy=by_objective or entropy_coef != 0
+    )
+    if by_objective:
         entropy = own_entropy.detach()
     options = {**policy_loss.__kwdefaults__, **options}
     options.update(mask=mask, objective=objective, entropy=entropy, backend=backend)
     old_logp = logp.detach() if old_logp is None else old_logp
-    return run_policy_loss(logp, old_logp, advantages, options, own_entropy, entropy_coef)
+    bonus = own_entropy if entropy_coef != 0 else None
+    return run_policy_loss(logp, old_logp, advantages, options, bonus, entropy_coef)
 
 
 def _check_logits(

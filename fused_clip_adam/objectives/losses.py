@@ -53,15 +53,18 @@ class _PolicyLoss(torch.autograd.Function):
 
 
 def _finish(grad: Tensor, scale: Tensor, dtype: torch.dtype, shape: torch.Size, upstream: Tensor | float = 1.0):
-    """upstream * scale * grad as logp's dtype and shape.
+    """upstream * scale * grad as logp's dtype and shape; `grad` itself where the host can see that the factor is 1.
 
     In float16 our own part saturates; what `upstream` adds may overflow, as it must: a GradScaler lowers its scale by
     the infinities it finds.
     """
-    if dtype != torch.float16:
-        return (grad * (scale * upstream)).to(dtype).reshape(shape)
-    most = torch.finfo(torch.float16).max
-    return ((grad * scale).clamp(-most, most) * upstream).to(dtype).reshape(shape)
+    factor = scale * upstream
+    if dtype == torch.float16:
+        most = torch.finfo(torch.float16).max
+        grad, factor = (grad * scale).clamp(-most, most), upstream
+    if grad.device.type != "cpu" or float(factor) != 1.0:
+        grad = grad * factor
+    return grad.to(dtype).reshape(shape)
 
 
 def policy_loss(
