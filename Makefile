@@ -31,8 +31,12 @@ venv: .venv/ready  ## create .venv and build the library
 		{ cat build.log; exit 1; }
 	touch $@
 
+# As many workers as cores, each with one thread: `make test WORKERS=0` runs the tests one after another.
+WORKERS ?= auto
+PYTEST = -m pytest -n $(WORKERS)
+
 test: venv      ## the whole test suite
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
 
 demo: venv      ## a GRPO run through TRL; table and figure in demo_out/   (make demo ARGS=--help)
 	$(BIN)/python examples/grpo_demo.py $(ARGS)
@@ -56,7 +60,7 @@ gpu:            ## on a GPU: build in place, tests, sanitizer, benchmarks; ten m
 	touch $@
 
 gpu-checks: .venv/gpu-checks  ## cross-compile the GPU kernels, compare registers, spills, vector width (needs no GPU)
-	$(BIN)/python -m pytest tests/test_cuda_compile.py tests/test_triton_compile.py
+	$(BIN)/python -m pytest tests/test_cuda_compile.py tests/test_triton_compile.py  # they use all cores themselves
 
 CPP := csrc/*.h csrc/cpu/* csrc/cuda/* tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*.cpp
 
@@ -86,11 +90,11 @@ $(ASAN): $(ASAN_OBJECTS)
 asan: venv      ## kernel tests, the CUDA kernels' on the CPU among them, under AddressSanitizer and UBSan
 	@$(MAKE) --no-print-directory -j2 $(ASAN)
 	FUSED_CLIP_ADAM_LIBRARY=$(CURDIR)/$(ASAN) $(SANITIZED) \
-		-m pytest -x -q tests/test_step.py tests/test_objectives.py tests/test_logits.py tests/test_hostile.py -k "not cuda and not reference"
+		$(PYTEST) -x -q tests/test_step.py tests/test_objectives.py tests/test_logits.py tests/test_hostile.py -k "not cuda and not reference"
 	library=$$($(BIN)/python tests/cuda_on_cpu/build.py --sanitize) && FUSED_CLIP_ADAM_CUDA_LIBRARY=$$library \
-		$(SANITIZED) -m pytest -x -q tests/test_cuda_on_cpu.py tests/test_gpu_backends.py && \
-		FUSED_CLIP_ADAM_CUDA_LIBRARY=$$library $(SANITIZED) -m pytest -x -q tests/test_objectives.py tests/test_logits.py -k cuda
-SANITIZED = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 TRITON_INTERPRET=0 \
+		$(SANITIZED) $(PYTEST) -x -q tests/test_cuda_on_cpu.py tests/test_gpu_backends.py && \
+		FUSED_CLIP_ADAM_CUDA_LIBRARY=$$library $(SANITIZED) $(PYTEST) -x -q tests/test_objectives.py tests/test_logits.py -k cuda
+SANITIZED = OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 TRITON_INTERPRET=0 \
 	LD_PRELOAD="$$($(or $(CXX),g++) -print-file-name=libasan.so) $$($(or $(CXX),g++) -print-file-name=libubsan.so)" \
 	$(BIN)/python
 

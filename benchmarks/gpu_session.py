@@ -1,12 +1,15 @@
-"""`make gpu`: build in place -> tests -> compute-sanitizer -> benchmarks -> closing table, in ten minutes.
+"""`make gpu`: build in place -> tests, beside them compute-sanitizer -> benchmarks -> closing table, in ten minutes.
 
 Every step has a limit that leaves the later ones their time; a step that runs into it is ended and counts as failed.
+Tests use all cores where pytest-xdist is installed; the benchmarks have the machine to themselves.
 Needs the working tree, a Python with CUDA torch, Triton and pytest, and nvcc; nothing is installed or downloaded.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import importlib.util
 import os
 import re
 import shutil
@@ -33,6 +36,7 @@ class Step:
         skip: why it does not run, or "".
         judge: what is wrong with the output of a command that returned 0, or "".
         needed: without it the later steps make no sense.
+        beside: runs at the same time as the step before it; its output is shown when it has ended.
     """
 
     name: str
@@ -43,6 +47,7 @@ class Step:
     skip: str = ""
     judge: Callable[[str], str] = lambda output: ""
     needed: bool = False
+    beside: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,52 +83,58 @@ def architecture() -> str:
     return f"{major}.{minor}"
 
 
+def workers() -> list[str]:
+    """Options of pytest that spread tests over the cores, where pytest-xdist is there; two cores stay for the rest."""
+    if importlib.util.find_spec("xdist") is None:
+        return []
+    return ["-n", str(max(len(os.sched_getaffinity(0)) - 2, 2))]
+
+
 def steps(
     python: str, arch: str, sanitizer: str | None, present: Callable[[str], bool], dry: bool = False
 ) -> list[Step]:
     """The session. `dry`: no build, few tests, and the benchmarks' own dry run: every step but the device."""
     # The project's own options name a plugin that a machine may lack.
-    pytest = [python, "-m", "pytest", "-q", "-o", "addopts=-ra -p no:cacheprovider", "--continue-on-collection-errors"]
+    pytest = [python, "-m", "pytest", "-q", "-o", "addopts=-ra -p no:cacheprovider -p no:benchmark --tb=short"]
+    pytest += ["--continue-on-collection-errors", *([] if dry else workers())]
     gpu_tests = [path for path in GPU_TESTS if present(path)]
     rest = ["tests/test_theory.py"] if dry else ["tests", *[f"--ignore={path}" for path in gpu_tests]]
     bench = [python, "-m", "benchmarks.gpu", *(["--device", "cpu", "--quick", "step-one-tensor"] if dry else [])]
     build = {"FUSED_CLIP_ADAM_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": arch}
     quiet_setup = [python, "setup.py", "--quiet", "build_ext", "--inplace"]
+    one_thread = {"OMP_NUM_THREADS": "1"}  # a worker: they are as many as cores
     small = ["--device", "cpu"] if dry else []
+
+    def sanitized(tool: str, seconds: float) -> list[str]:
+        options = ["--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no", "--launch-timeout", "120"]
+        budget = 3 if dry else max(seconds - 40, 8)
+        script = [python, "tests/sanitize_step.py", *small, "--budget-s", f"{budget:.0f}"]
+        return [str(sanitizer), *options, *script]
+
     return [
         Step("build", lambda s: quiet_setup, 220, env=build, skip="dry run" if dry else "", needed=True),
         Step(
             "tests on the GPU",
             lambda s: [*pytest, *gpu_tests],
             200,
+            env=one_thread,
             skip="" if gpu_tests and not dry else "dry run" if dry else "the test files are not there",
         ),
-        Step("tests", lambda s: [*pytest, *rest], 200, reserve_s=60),
         *[
             Step(
                 f"sanitizer, {tool}",
-                lambda s, tool=tool: [
-                    *[str(sanitizer), "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no"],
-                    *[
-                        "--launch-timeout",
-                        "120",
-                        python,
-                        "tests/sanitize_step.py",
-                        *small,
-                        "--budget-s",
-                        f"{3 if dry else max(s - 40, 8):.0f}",
-                    ],
-                ],
-                90,
-                reserve_s=45,
+                lambda s, tool=tool: sanitized(tool, s),
+                100,
                 # torch's caching allocator would hide what lies between tensors.
-                env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+                env={**one_thread, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
                 skip="" if sanitizer else "compute-sanitizer is not on PATH",
                 judge=what_sanitizer_found,
+                beside=True,
             )
             for tool in ("memcheck", "racecheck")
         ],
-        Step("benchmarks", lambda s: [*bench, "--budget-s", f"{max(s - 25, 20):.0f}"], 260, reserve_s=190),
+        Step("tests", lambda s: [*pytest, *rest], 200, reserve_s=60, env=one_thread),
+        Step("benchmarks", lambda s: [*bench, "--budget-s", f"{max(s - 25, 20):.0f}"], 260, reserve_s=170),
         Step(
             "tables and figures",
             lambda s: [python, "-m", "benchmarks.plot"],
@@ -146,25 +157,40 @@ def what_sanitizer_found(output: str) -> str:
 
 
 def run(todo: list[Step], total_s: float = TOTAL_S) -> list[Outcome]:
-    """Runs the steps one after another, output passed on as it comes."""
+    """Runs the steps one after another, but for those beside others; output is passed on as it comes."""
     begin, outcomes, broken = time.monotonic(), [], ""
-    for i, step in enumerate(todo):
-        skip = step.skip or broken
-        if skip:
-            outcomes.append(Outcome(step.name, SKIPPED, 0.0, skip))
-            print(f"\n== {step.name}: skipped, {skip}", flush=True)
-            continue
+    for first, step in enumerate(todo):
+        if step.beside:
+            continue  # it went with the one before
+        group = [step]
+        while first + len(group) < len(todo) and todo[first + len(group)].beside:
+            group.append(todo[first + len(group)])
         # What later steps have reserved they keep, were it only to say that they had to be cut off.
-        later = sum(s.reserve_s for s in todo[i + 1 :] if not s.skip)
-        limit = max(min(step.limit_s, total_s - (time.monotonic() - begin) - later), 5.0)
-        print(f"\n== {step.name} ({time.monotonic() - begin:.0f} s so far, at most {limit:.0f} s)", flush=True)
-        outcomes.append(outcome := _run_step(step, limit))
-        if step.needed and outcome.verdict != OK:
-            broken = f"{step.name} failed"
+        later = sum(s.reserve_s for s in todo[first + len(group) :] if not s.skip)
+        left = total_s - (time.monotonic() - begin) - later
+        running: list[concurrent.futures.Future[Outcome]] = []
+        with concurrent.futures.ThreadPoolExecutor(len(group)) as pool:
+            for i, member in enumerate(group):
+                if skip := member.skip or broken:
+                    running.append(concurrent.futures.Future())
+                    running[-1].set_result(Outcome(member.name, SKIPPED, 0.0, skip))
+                    print(f"\n== {member.name}: skipped, {skip}", flush=True)
+                    continue
+                limit = max(min(member.limit_s, left), 5.0)
+                how = ", beside" if i else ""
+                print(
+                    f"\n== {member.name}{how} ({time.monotonic() - begin:.0f} s so far, at most {limit:.0f} s)",
+                    flush=True,
+                )
+                running.append(pool.submit(_run_step, member, limit, live=i == 0))
+        outcomes += [each.result() for each in running]
+        for member, outcome in zip(group, outcomes[-len(group) :]):
+            if member.needed and outcome.verdict in (FAILED, CUT):
+                broken = f"{member.name} failed"
     return outcomes
 
 
-def _run_step(step: Step, limit_s: float) -> Outcome:
+def _run_step(step: Step, limit_s: float, live: bool = True) -> Outcome:
     begin = time.monotonic()
     try:
         process = subprocess.Popen(
@@ -178,7 +204,7 @@ def _run_step(step: Step, limit_s: float) -> Outcome:
     except OSError as error:
         return Outcome(step.name, FAILED, 0.0, f"{Path(step.command(limit_s)[0]).name}: {error.strerror}")
     read = bytearray()
-    reader = threading.Thread(target=_pass_on, args=(process.stdout, read), daemon=True)
+    reader = threading.Thread(target=_pass_on, args=(process.stdout, read, live), daemon=True)
     reader.start()
     try:
         status = process.wait(timeout=limit_s)
@@ -191,6 +217,8 @@ def _run_step(step: Step, limit_s: float) -> Outcome:
         _end(process)
     reader.join(timeout=5)
     seconds, output = time.monotonic() - begin, read.decode(errors="replace")
+    if not live:
+        print(f"\n== {step.name}, its output\n{output}", flush=True)
     last = _last_line(output)
     if status is None:
         return Outcome(step.name, CUT, seconds, f"after {limit_s:.0f} s; last: {last}")
@@ -213,11 +241,12 @@ def _end(process: subprocess.Popen) -> None:
         return
 
 
-def _pass_on(stream, read: bytearray) -> None:
+def _pass_on(stream, read: bytearray, live: bool) -> None:
     while chunk := os.read(stream.fileno(), 65536):
         read += chunk
-        sys.stdout.buffer.write(chunk)
-        sys.stdout.buffer.flush()
+        if live:
+            sys.stdout.buffer.write(chunk)
+            sys.stdout.buffer.flush()
 
 
 def _environment(more: dict[str, str]) -> dict[str, str]:

@@ -252,7 +252,7 @@ def kept(objective: Any, x: SimpleNamespace) -> Tensor:
 
 
 def ppo_loss(r: Tensor, A: Tensor, low: Any, high: Any, dual: float | None, cap: float | None = None) -> Tensor:
-    low, high = (torch.as_tensor(bound, dtype=r.dtype) for bound in (low, high))
+    low, high = (torch.as_tensor(bound, dtype=r.dtype, device=r.device) for bound in (low, high))
     free = r if cap is None else r.clamp(max=cap)
     loss = -torch.minimum(free * A, r.clamp(low, high) * A)
     return loss if dual is None else torch.where(A < 0, torch.minimum(loss, -dual * A), loss)

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import types
 from pathlib import Path
 
@@ -602,10 +603,30 @@ def test_earlier_steps_leave_the_benchmarks_their_time():
     assert limits[0] == pytest.approx(110.0, abs=1) and 190 <= limits[1] <= 300
 
 
+def test_steps_beside_run_at_the_same_time(capfd):
+    """Each waits for a file of the other; the output of the one beside comes whole, and its failure counts."""
+    wait = (
+        "import os, sys, time, tempfile\n"
+        "mine, other = sys.argv[1:]\nopen(mine, 'w').close()\nbegin = time.time()\n"
+        "while not os.path.exists(other) and time.time() - begin < 20: time.sleep(0.01)\n"
+        "print('met' if os.path.exists(other) else 'alone')"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [os.path.join(folder, name) for name in "ab"]
+        first = gpu_session.Step("a", lambda s: [sys.executable, "-c", wait, *paths], 30.0)
+        second = gpu_session.Step("b", lambda s: [sys.executable, "-c", wait, *paths[::-1]], 30.0, beside=True)
+        third = gpu_session.Step("c", lambda s: [sys.executable, "-c", "raise SystemExit(3)"], 30.0, beside=True)
+        last = gpu_session.Step("d", lambda s: [sys.executable, "-c", "print('after')"], 30.0)
+        outcomes = gpu_session.run([first, second, third, last], 60.0)
+    assert [(o.name, o.verdict) for o in outcomes] == [("a", "ok"), ("b", "ok"), ("c", "FAILED"), ("d", "ok")]
+    assert [o.what for o in outcomes[:2]] == ["met", "met"] and "== b, its output\nmet" in capfd.readouterr().out
+
+
 def test_session_fits_into_ten_minutes_and_builds_for_this_card_only():
     steps = gpu_session.steps("python3", "9.0", "compute-sanitizer", lambda path: True)
     assert sum(step.reserve_s for step in steps) + steps[0].limit_s <= gpu_session.TOTAL_S < 600
-    build, on_gpu, rest, memcheck, racecheck, bench, tables = steps
+    build, on_gpu, memcheck, racecheck, rest, bench, tables = steps
+    assert [step.name for step in steps if step.beside] == [memcheck.name, racecheck.name]
     assert build.env == {"FUSED_CLIP_ADAM_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": "9.0"}
     assert on_gpu.command(9.0)[-2:] == list(gpu_session.GPU_TESTS)
     assert all(f"--ignore={path}" in rest.command(9.0) for path in gpu_session.GPU_TESTS)
@@ -660,9 +681,9 @@ def test_dry_session_with_a_made_up_sanitizer(tmp_path):
     assert verdicts == {
         "build": "skipped",
         "tests on the GPU": "skipped",
-        "tests": "ok",
         "sanitizer, memcheck": "ok",
         "sanitizer, racecheck": "ok",
+        "tests": "ok",
         "benchmarks": "ok",
         "tables and figures": "skipped",
     }, done.stdout

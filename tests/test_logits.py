@@ -459,7 +459,7 @@ def test_layouts_give_the_same_bits(dtype, backend):
 def test_a_slice_in_place_leaves_the_rest_alone(backend):
     batch = make_logits_batch(3, 5, 13, torch.float32)
     wanted = evaluate(batch, backend)[1]
-    moved, whole = on_device_of(backend, *sliced(batch))
+    moved, whole = sliced(on_device_of(backend, batch))
     leaf = moved["logits"].detach().requires_grad_()
     fca.policy_loss_from_logits(**{**moved, "logits": leaf}, inplace_backward=True, backend=backend)[0].backward()
     assert torch.equal(whole[:, :-1].cpu(), wanted) and whole[:, -1].isnan().all()

@@ -66,7 +66,9 @@ def test_three_launches_a_step(backend):
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
         opt.step()
         torch.cuda.synchronize()
-    kernels = [e.name for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA and "Mem" not in e.name]
+    on_device = [e.name for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    # Beside kernels: copies, and the step's own range, which the profiler shows there too.
+    kernels = [name for name in on_device if not name.startswith(("Mem", "Optimizer.step"))]
     if not kernels:
         pytest.skip("the profiler sees no kernels on this machine")
     assert len(kernels) == 3, kernels
@@ -286,13 +288,13 @@ def evaluate(batch, **options):
     return loss.detach(), grad, stats.buffer
 
 
-def assert_near(actual, expected, dtype, rel, flips=0.0):
+def assert_near(actual, expected, dtype, rel, flips=0.0, cancelled=0.0):
     """Loss, gradient and statistics within `rel` and one rounding to `dtype`, but for a share of tokens whose ratio is
-    next to a bound and falls on its other side."""
+    next to a bound and falls on its other side. `cancelled`: what may be left of a difference that is exactly 0."""
     (loss, grad, stats), (wanted_loss, wanted, wanted_stats) = actual, expected
     out = torch.finfo(dtype)
     wanted, error = wanted.double(), (grad.double().cpu() - wanted.double()).abs()
-    allowed = (rel + out.eps) * wanted.abs() + 0.01 * rel * wanted.abs().max() + out.tiny * out.eps
+    allowed = (rel + out.eps) * wanted.abs() + 0.01 * rel * wanted.abs().max() + out.tiny * out.eps + cancelled
     assert grad.dtype == dtype and (error > allowed).double().mean() <= flips, (error / allowed).max()
     slack = rel + 20 * flips
     torch.testing.assert_close(loss.double().cpu(), wanted_loss.double(), rtol=slack, atol=slack)
@@ -331,7 +333,10 @@ def test_loss_from_logits_is_the_reference_in_float64(backend, dtype):
         expected = evaluate(exact, backend="reference", **options)
         for inplace in (False, True):
             actual = evaluate(on_device(batch), backend=backend, inplace_backward=inplace, **options)
-            assert_near(actual, expected, dtype, 1e-11 if dtype == torch.float64 else 2e-4)
+            # V = 1: g (1 - p) is 0, and p is 1 but for the roundings of two powers of 2.
+            arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
+            cancelled = 8 * torch.finfo(arithmetic).eps * float(vocabulary == 1)
+            assert_near(actual, expected, dtype, 1e-11 if dtype == torch.float64 else 2e-4, cancelled=cancelled)
 
 
 def test_objectives_give_the_same_bits_every_time(backend):

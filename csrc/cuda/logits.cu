@@ -13,16 +13,15 @@ namespace fca {
 namespace {
 
 constexpr int kWords = 4;  // 16-byte words a thread asks for before it uses the first
-#ifndef FCA_T
-#define FCA_T 512
-#endif
-constexpr int kMostThreads = FCA_T;
-constexpr int kMostWarps = kMostThreads / kWarp;
+// Threads of a block, at most, and blocks a multiprocessor: while one block is at the ends of its row, others keep the
+// memory busy. Of 128, 256 and 512 the fastest on an H200: forward 0.567, 0.569 and 0.613 ms for 8,192 x 151,936
+// bfloat16, backward 1.269, 1.260 and 1.229 ms.
+constexpr int kForwardThreads = 256, kBackwardThreads = 512, kResidentThreads = 1024;
+constexpr int kMostWarps = kForwardThreads / kWarp;
 
-// Blocks a multiprocessor should hold at least: while one is at the ends of its row, others keep the memory busy.
 template <typename T>
-constexpr int blocks_at_once() {
-  return sizeof(T) == 8 ? 1 : 1024 / kMostThreads;
+constexpr int blocks_at_once(int threads) {
+  return sizeof(T) == 8 ? 1 : kResidentThreads / threads;
 }
 
 // ---------------------------------------------------------------- powers of two
@@ -241,7 +240,8 @@ struct Forward {
 };
 
 template <typename S, typename T, bool ENTROPY>
-__global__ void __launch_bounds__(kMostThreads, blocks_at_once<T>()) logits_forward_kernel(Forward<T> work) {
+__global__ void __launch_bounds__(kForwardThreads, blocks_at_once<T>(kForwardThreads))
+    logits_forward_kernel(Forward<T> work) {
   __shared__ T fold_max[kMostWarps];
   __shared__ double fold[kMostWarps];
   constexpr int kPerWord = 16 / sizeof(S);
@@ -336,7 +336,8 @@ struct RowGradient {
 };
 
 template <typename S, typename T, bool ENTROPY>
-__global__ void __launch_bounds__(kMostThreads, blocks_at_once<T>()) logits_backward_kernel(Backward<T> work) {
+__global__ void __launch_bounds__(kBackwardThreads, blocks_at_once<T>(kBackwardThreads))
+    logits_backward_kernel(Backward<T> work) {
   constexpr int kPerWord = 16 / sizeof(S);
   // The last rows first: some of what the forward pass has read last is still in the L2.
   const unsigned token = gridDim.x - 1 - blockIdx.x, cols = static_cast<unsigned>(work.cols);
@@ -392,10 +393,10 @@ __global__ void __launch_bounds__(kMostThreads, blocks_at_once<T>()) logits_back
 // ---------------------------------------------------------------- launching
 
 // The same for every row of a length, so that a row's result does not depend on how many there are.
-int threads_for(int64_t vocabulary, size_t element_size) {
+int threads_for(int64_t vocabulary, size_t element_size, int most) {
   const int64_t words = vocabulary * static_cast<int64_t>(element_size) / 16;
   int threads = kWarp;
-  while (threads < kMostThreads && threads * kWords < words) threads *= 2;
+  while (threads < most && threads * kWords < words) threads *= 2;
   return threads;
 }
 
@@ -446,7 +447,8 @@ void forward(const Tensor& logits, const Tensor& tokens, const std::optional<Ten
   work.log2_sum = work.max + count;
   if (count == 0) return;
   const auto kernel = entropy ? logits_forward_kernel<S, T, true> : logits_forward_kernel<S, T, false>;
-  Launcher(logits).run("logits_forward_kernel", kernel, count, threads_for(work.vocabulary, sizeof(S)), work);
+  Launcher(logits).run("logits_forward_kernel", kernel, count, threads_for(work.vocabulary, sizeof(S), kForwardThreads),
+                       work);
 }
 
 template <typename S, typename T>
@@ -477,7 +479,8 @@ void backward(const Tensor& logits, const Tensor& tokens, const Tensor& softmax,
   work.steepness = static_cast<T>(inv_temperature * kLog2E);
   if (count == 0) return;
   const auto kernel = grad_entropy ? logits_backward_kernel<S, T, true> : logits_backward_kernel<S, T, false>;
-  Launcher(logits).run("logits_backward_kernel", kernel, count, threads_for(work.vocabulary, sizeof(S)), work);
+  Launcher(logits).run("logits_backward_kernel", kernel, count,
+                       threads_for(work.vocabulary, sizeof(S), kBackwardThreads), work);
 }
 
 // The operators: arguments as above, logits of any dtype.

@@ -2,8 +2,8 @@
 //
 // Bytes per float32 element: 16 read (p, g, m, v) + 12 written (p, m, v) = 28, amsgrad 36. About 20 operations, of
 // which one square root and one division: an H100 moves 13 B a clock and multiprocessor, so there is room for 270
-// instructions an element before they matter (bfloat16: 130). Eight elements of four tensors a thread keep 128 B in
-// flight; 17 KB a multiprocessor cover the latency, and the block count gives about 100.
+// instructions an element before they matter (bfloat16: 130). A thread keeps one 16-byte word of four tensors in
+// flight, a multiprocessor 80 KB; 17 to 27 KB cover the latency, the rest evens out what the blocks do in between.
 #include <optional>
 
 #include "slots.h"
@@ -15,10 +15,10 @@ namespace {
 
 // Tensors of one row whose storage types are known and whose 16-byte boundaries coincide.
 template <typename SP, typename SG, typename SS>
-struct RunsOfRow : Runs<16 / sizeof(SP), 8> {
+struct RunsOfRow : Runs<16 / sizeof(SP), 16 / sizeof(SP)> {
   using T = float;
-  using Access = Runs<16 / sizeof(SP), 8>;
-  static constexpr int kWidth = 16 / sizeof(SP);
+  static constexpr int kWidth = 16 / sizeof(SP);  // one 16-byte word of the parameter a thread
+  using Access = Runs<kWidth, kWidth>;
   int64_t address[4];  // of param, grad, exp_avg, exp_avg_sq: copies, which no store can be thought to change
 
   __device__ __forceinline__ RunsOfRow(const Row& row, int64_t grad)
@@ -211,15 +211,17 @@ __device__ __forceinline__ double update_chunk(const RowAccess& access, const St
 
 // ---------------------------------------------------------------- kernels
 
-// Blocks a multiprocessor should hold at least. Three leave ptxas 80 registers a thread and keep 768 threads with 128 B
-// each in flight. Where it would spill a few bytes of them it is two; tests/registers_cuda.json shows what it takes.
+// Blocks a multiprocessor should hold at least; tests/registers_cuda.json shows what registers that leaves. float32, a
+// word of four elements a thread: five blocks of 48 registers were 2% faster on an H200 than three blocks of eight
+// elements a thread and 80 registers. Where ptxas would spill a few bytes it is fewer.
+template <int HELD>
 constexpr int blocks_at_once(Overshoot rule, bool f64) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  return 2;
+  return HELD == 4 ? 4 : 2;
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-  return f64 || rule == Overshoot::ALIGN_BLOCK ? 2 : 3;
+  return HELD == 4 ? 4 : f64 || rule == Overshoot::ALIGN_BLOCK ? 2 : 3;
 #else
-  return f64 ? 2 : 3;
+  return f64 ? 2 : HELD == 4 ? 5 : 3;
 #endif
 }
 
@@ -269,7 +271,7 @@ __device__ __forceinline__ double update_singles(const Work& work, const Row& ro
 
 // Tensors of any dtype and layout, and amsgrad.
 template <typename T, Overshoot RULE, bool AMSGRAD, bool COUPLED>
-__global__ void __launch_bounds__(kThreads, blocks_at_once(RULE, sizeof(T) == 8)) update_singles_kernel(Work work) {
+__global__ void __launch_bounds__(kThreads, blocks_at_once<1>(RULE, sizeof(T) == 8)) update_singles_kernel(Work work) {
   __shared__ Shared shared;
   const Chunk chunk = work.chunks[chunk_index()];
   const TensorScalars& scalars = work.scalars[chunk.row];
@@ -284,7 +286,8 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(RULE, sizeof(T) == 8)
 // Storage types known: 16 bytes a thread, except for rows whose tensors are strided or start at different distances
 // from a 16-byte boundary.
 template <typename SP, typename SG, typename SS, Overshoot RULE, bool COUPLED>
-__global__ void __launch_bounds__(kThreads, blocks_at_once(RULE, false)) update_runs_kernel(Work work) {
+__global__ void __launch_bounds__(kThreads, blocks_at_once<16 / sizeof(SP)>(RULE, false))
+    update_runs_kernel(Work work) {
   using RowAccess = RunsOfRow<SP, SG, SS>;
   __shared__ Shared shared;
   const Chunk chunk = work.chunks[chunk_index()];

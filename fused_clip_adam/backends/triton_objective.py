@@ -73,40 +73,59 @@ def clamp_log_ratio(x):
 
 
 @triton.jit
-def exp_clamped(x):
-    """2^n e^f, x = n ln2 + f, for |x| <= 80."""
+def exp_parts(x):
+    """(shifted, n, f, q): x = n ln2 + f, n in the low mantissa bits of `shifted`, q = (e^f - 1 - f) / f^2."""
     if x.dtype == tl.float64:
         t = x * 1.4426950408889634074 + 6755399441055744.0
         n = t - 6755399441055744.0
         f = x - n * 6.93147180369123816490e-01
         f = f - n * 1.90821492927058770002e-10
-        p = f * (1.0 / 6227020800.0) + 1.0 / 479001600.0
-        p = p * f + 1.0 / 39916800.0
-        p = p * f + 1.0 / 3628800.0
-        p = p * f + 1.0 / 362880.0
-        p = p * f + 1.0 / 40320.0
-        p = p * f + 1.0 / 5040.0
-        p = p * f + 1.0 / 720.0
-        p = p * f + 1.0 / 120.0
-        p = p * f + 1.0 / 24.0
-        p = p * f + 1.0 / 6.0
-        p = p * f + 0.5
-        p = p * f + 1.0
-        p = p * f + 1.0
-        return (p.to(tl.int64, bitcast=True) + (t.to(tl.int64, bitcast=True) << 52)).to(tl.float64, bitcast=True)
+        q = f * (1.0 / 6227020800.0) + 1.0 / 479001600.0
+        q = q * f + 1.0 / 39916800.0
+        q = q * f + 1.0 / 3628800.0
+        q = q * f + 1.0 / 362880.0
+        q = q * f + 1.0 / 40320.0
+        q = q * f + 1.0 / 5040.0
+        q = q * f + 1.0 / 720.0
+        q = q * f + 1.0 / 120.0
+        q = q * f + 1.0 / 24.0
+        q = q * f + 1.0 / 6.0
+        q = q * f + 0.5
+        return t, n, f, q
     else:
         t = x * 1.44269504088896341 + 12582912.0
         n = t - 12582912.0
         f = x - n * 0.693145751953125
         f = f - n * 1.42860682030941723212e-6
-        p = f * (1.0 / 5040.0) + 1.0 / 720.0
-        p = p * f + 1.0 / 120.0
-        p = p * f + 1.0 / 24.0
-        p = p * f + 1.0 / 6.0
-        p = p * f + 0.5
-        p = p * f + 1.0
-        p = p * f + 1.0
+        f2 = f * f
+        high = (1.0 / 24.0 + f * (1.0 / 120.0)) + f2 * (1.0 / 720.0 + f * (1.0 / 5040.0))
+        q = (0.5 + f * (1.0 / 6.0)) + f2 * high
+        return t, n, f, q
+
+
+@triton.jit
+def exp_of(t, f, q):
+    p = (q * f + 1.0) * f + 1.0
+    if p.dtype == tl.float64:
+        return (p.to(tl.int64, bitcast=True) + (t.to(tl.int64, bitcast=True) << 52)).to(tl.float64, bitcast=True)
+    else:
         return (p.to(tl.int32, bitcast=True) + (t.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def exp_clamped(x):
+    """2^n e^f, x = n ln2 + f, for |x| <= 80."""
+    t, _n, f, q = exp_parts(x)
+    return exp_of(t, f, q)
+
+
+@triton.jit
+def ratio_parts(x):
+    """(e^x of the clamped x; that less 1 + x, by the polynomial itself near 0; whether it is near 0)."""
+    t, n, f, q = exp_parts(clamp_log_ratio(x))
+    ratio = exp_of(t, f, q)
+    near_zero = n == 0.0
+    return ratio, tl.where(near_zero, f * f * q, ratio - 1.0 - x), near_zero
 
 
 @triton.jit
@@ -138,31 +157,6 @@ def log_positive(x):
         p = p * z + 1.0 / 3
         n = e.to(tl.float32)
         return n * 0.693145751953125 + (2.0 * s + (2.0 * s * z * p + n * 1.42860682030941723212e-6))
-
-
-@triton.jit
-def near_zero(x):
-    return tl.abs(x) <= 0.34657359027997264
-
-
-@triton.jit
-def exp_beyond_linear(x, exp_x):
-    """e^x - 1 - x, from the polynomial itself near 0."""
-    if x.dtype == tl.float64:
-        q = x * (1.0 / 6227020800.0) + 1.0 / 479001600.0
-        q = q * x + 1.0 / 39916800.0
-        q = q * x + 1.0 / 3628800.0
-        q = q * x + 1.0 / 362880.0
-        q = q * x + 1.0 / 40320.0
-        q = q * x + 1.0 / 5040.0
-        q = q * x + 1.0 / 720.0
-    else:
-        q = x * (1.0 / 5040.0) + 1.0 / 720.0
-    q = q * x + 1.0 / 120.0
-    q = q * x + 1.0 / 24.0
-    q = q * x + 1.0 / 6.0
-    q = q * x + 0.5
-    return tl.where(near_zero(x), x * x * q, exp_x - 1.0 - x)
 
 
 @triton.jit
@@ -414,9 +408,8 @@ def kl_token(x, KL: tl.constexpr):
     elif KL == K2:
         return 0.5 * x * x, x
     else:
-        e = exp_clamped(clamp_log_ratio(-x))
-        k3 = exp_beyond_linear(-x, e)
-        slope = tl.where(near_zero(x), x - k3, 1.0 - e)
+        e, k3, near_zero = ratio_parts(-x)
+        slope = tl.where(near_zero, x - k3, 1.0 - e)
         return k3, slope if KL == K3 else x
 
 
@@ -721,8 +714,7 @@ def token_kernel(
         row, col, there = tile_of(tl.full([], tile, tl.int64), rows, cols, WIDE, TILE)
         valid, bad, logp, D, A, w, aux, x, H = classify(pointers, strides, row, col, there, T)
         weight = tl.where(valid, 1.0, 0.0).to(T)
-        token_ratio = exp_clamped(clamp_log_ratio(D))
-        r = token_ratio
+        r, beyond_linear, _near_zero = ratio_parts(D)
         s = D
         share = D
         if sequences_ptr is not None:
@@ -769,7 +761,7 @@ def token_kernel(
         total_mass += tl.sum(mass.to(tl.float64))
         k1 += tl.sum(-D.to(tl.float64))
         k2 += tl.sum(saturate(0.5 * D * D).to(tl.float64))
-        k3 += tl.sum(exp_beyond_linear(D, token_ratio).to(tl.float64))
+        k3 += tl.sum(beyond_linear.to(tl.float64))
         ratio_sum += tl.sum(ratio)
         ratio_sq_sum += tl.sum(ratio * ratio)
         ratio_min = tl.minimum(ratio_min, tl.min(tl.where(valid, ratio, MOST_F32)))

@@ -55,7 +55,9 @@ class _LogpFromLogits(torch.autograd.Function):
         values, settings = logits.detach(), ctx.settings
         out = values if settings.inplace else torch.empty_like(values)
         settings.run.logits_backward(values, tokens, softmax, entropy, grad_logp, grad_entropy, settings.scale, out)
-        if settings.inplace:  # whoever else saved the logits, this node in a second backward too, is told that they are gone
+        if (
+            settings.inplace
+        ):  # whoever else saved the logits, this node in a second backward too, is told that they are gone
             torch.autograd.graph.increment_version([values])
         return out, None, None, None
 
