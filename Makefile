@@ -45,7 +45,7 @@ bench: venv     ## CPU benchmarks against torch, ratios in alternation
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
 bench-full: venv  ## the same with DeepSpeedCPUAdam (builds it first)
-	$(BIN)/python -m pip install --quiet --no-build-isolation '.[bench]' deepspeed
+	FUSED_CLIP_ADAM_BUILD=none $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[bench]'
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m benchmarks.run $(ARGS)
 
 # No .venv here: the machine's own Python has the torch that fits its GPU, and there may be no network.

@@ -13,7 +13,7 @@
 namespace fca {
 
 // Which overshoot rule shapes the emitted direction. The numbers are the contract with rules/overshoot.py.
-enum class Overshoot : int64_t { NONE = 0, ALIGN_BLOCK = 1, ALIGN_ELEMENT = 2, CAUTIOUS = 3 };
+enum class Overshoot : int64_t { NONE = 0, ALIGN_BLOCK = 1, ALIGN_ELEMENT = 2, CAUTIOUS = 3, GRAMS = 4, ATAN2 = 5 };
 
 // How the brake lowers beta1. The numbers are the contract with rules/overshoot.py.
 enum class Brake : int64_t { NONE = 0, RENORMALISE = 1, DAMP = 2 };
@@ -29,6 +29,7 @@ struct GroupScalars {
   double brake_mode, brake_strength, brake_hold_v;
   double lr, eps, weight_decay;
   double coupled;      // 1: weight decay is an L2 term of the gradient (Adam), 0: decoupled (AdamW)
+  double max_update;   // of an element, in units of the learning rate; infinite: unbounded
   int64_t lr_address;  // of a 0-d learning rate on the device, which then replaces `lr`; else 0
   int64_t lr_is_f64;
 };
@@ -98,6 +99,7 @@ struct StepScalars {
   T eps, lr;
   T decay;  // 1 - lr * weight_decay (decoupled), else 1
   T l2;     // weight_decay added to the gradient (coupled), else 0
+  T max_update;
 };
 
 // Advances the step and bias weights of a tensor and returns its scalars. The weights are 1 - beta^step, or the
@@ -130,6 +132,7 @@ FCA_INLINE StepScalars<double> advance(const Row& row, const GroupScalars& group
   s.lr = lr;
   s.decay = group.coupled != 0.0 ? 1.0 : 1.0 - lr * group.weight_decay;
   s.l2 = group.coupled != 0.0 ? group.weight_decay : 0.0;
+  s.max_update = group.max_update;
   return s;
 }
 
@@ -145,7 +148,8 @@ FCA_INLINE StepScalars<T> rounded(const StepScalars<double>& s) {
           static_cast<T>(s.eps),
           static_cast<T>(s.lr),
           static_cast<T>(s.decay),
-          static_cast<T>(s.l2)};
+          static_cast<T>(s.l2),
+          static_cast<T>(s.max_update)};
 }
 
 // ---------------------------------------------------------------- update: one element
@@ -162,8 +166,33 @@ FCA_INLINE T scaled_grad(T param, T grad, const StepScalars<T>& s) {
   return COUPLED ? g + s.l2 * param : g;
 }
 
+// atan2(y, x) for x >= 0. The smaller of |y| and x over the larger is brought below 0.66 by atan z = pi/4 + atan((z -
+// 1) / (z + 1)); there z + z^3 P(z^2) / Q(z^2) is exact to 2e-16. Source of the rational: Cephes (Moshier), atan.
+template <typename T>
+FCA_INLINE T atan2_right(T y, T x) {
+  const T size = std::fabs(y);
+  const bool steep = size > x;
+  const T less = steep ? x : size, more = steep ? size : x;
+  const bool upper = less > T(0.66) * more;
+  const T numerator = upper ? less - more : less, denominator = upper ? less + more : more;
+  const T w = numerator / (denominator > T(0) ? denominator : T(1)), z = w * w;
+  T p = T(-8.750608600031904122785e-1);
+  p = p * z + T(-1.615753718733365076637e1);
+  p = p * z + T(-7.500855792314704667340e1);
+  p = p * z + T(-1.228866684490136173410e2);
+  p = p * z + T(-6.485021904942025371773e1);
+  T q = z + T(2.485846490142306297962e1);
+  q = q * z + T(1.650270098316988542046e2);
+  q = q * z + T(4.328810604912902668951e2);
+  q = q * z + T(4.853903996359136964868e2);
+  q = q * z + T(1.945506571482613964425e2);
+  const T angle = (upper ? T(0.78539816339744830962) : T(0)) + (w + w * (z * p / q));
+  const T turned = steep ? T(1.57079632679489661923) - angle : angle;
+  return y < T(0) ? -turned : turned;
+}
+
 // m' = a m + b g ; v' = beta2 v + (1 - beta2) g g
-// u  = d / W1 / (sqrt(v') / sqrt(W2) + eps) ; p <- decay p - lr u
+// u  = d / W1 / (sqrt(v') / sqrt(W2) + eps), at most max_update ; p <- decay p - lr u
 // d is m' unless a rule drops the old momentum: `keep` for a block, the sign of m g for an element.
 // A rule shapes what is emitted; the stored m' and v' are always plain AdamW's.
 template <typename T, Overshoot RULE, bool AMSGRAD, bool COUPLED>
@@ -180,8 +209,17 @@ FCA_INLINE void update_element(T& param, T grad, T& exp_avg, T& exp_avg_sq, T& m
   T d = m_new;
   if (RULE == Overshoot::ALIGN_BLOCK) d = keep ? m_new : bg;
   if (RULE == Overshoot::ALIGN_ELEMENT) d = same_sign(m, g) ? m_new : bg;
-  T u = d * s.inv_w1 / (std::sqrt(v_used) * s.inv_sqrt_w2 + s.eps);
+  const T size = std::sqrt(v_used) * s.inv_sqrt_w2;
+  T u;
+  if (RULE == Overshoot::ATAN2) {
+    u = s.max_update * (T(0.63661977236758134308) * atan2_right(d * s.inv_w1, size));  // 2 / pi
+  } else {
+    u = d * s.inv_w1 / (size + s.eps);
+    u = u < -s.max_update ? -s.max_update : u;
+    u = u > s.max_update ? s.max_update : u;
+  }
   if (RULE == Overshoot::CAUTIOUS) u = same_sign(m_new, g) ? u : T(0);
+  if (RULE == Overshoot::GRAMS) u = g > T(0) ? std::fabs(u) : (g < T(0) ? -std::fabs(u) : T(0));
 
   exp_avg = m_new;
   exp_avg_sq = v_new;

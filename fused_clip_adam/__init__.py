@@ -38,7 +38,15 @@ from fused_clip_adam.objectives import (
     top_variance_groups,
 )
 from fused_clip_adam.optimizer import FusedClipAdam, FusedClipAdamW
-from fused_clip_adam.rules import AlignedMomentum, Cautious, GlobalNorm, MomentumBrake, OnRollout
+from fused_clip_adam.rules import (
+    AlignedMomentum,
+    Cautious,
+    GlobalNorm,
+    Grams,
+    MomentumBrake,
+    OnRollout,
+    UpdateClamp,
+)
 
 __all__ = [
     "AEPO",
@@ -79,8 +87,10 @@ __all__ = [
     "AlignedMomentum",
     "Cautious",
     "GlobalNorm",
+    "Grams",
     "MomentumBrake",
     "OnRollout",
+    "UpdateClamp",
     "__version__",
     "theory",
 ]

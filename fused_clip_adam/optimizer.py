@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,13 +24,16 @@ from fused_clip_adam.rules import (
     GlobalNorm,
     MomentumBrake,
     OnRollout,
+    UpdateClamp,
     as_grad_clip,
     as_overshoot,
     as_reset,
     from_plain,
+    overshoot_rules,
     to_plain,
 )
 from fused_clip_adam.rules.plain import KEYS as RULE_KEYS
+from fused_clip_adam.rules.plain import is_plain
 
 _AS_RULE = {"grad_clip": as_grad_clip, "overshoot": as_overshoot, "reset": as_reset}
 _EXTRA_KEY = "fused_clip_adam"
@@ -39,7 +43,8 @@ _EXTRAS_DOC = """
     Keyword Args:
         grad_clip: None, a positive float (global L2 norm) or a `GradClip` rule. Gradients are scaled as they are
             read; `.grad` is never written.
-        overshoot: None, "align", "align-element", "cautious", "brake" or an `Overshoot` rule.
+        overshoot: None, "align", "align-element", "cautious", "grams", "brake", an `Overshoot` rule, or a tuple of
+            rules that shape different parts of an update, such as ("align", UpdateClamp(1.0)).
         reset: None or a `Reset` rule.
         state_dtype: None keeps the moments in the parameter's dtype, as torch does; torch.float32 keeps them in
             float32.
@@ -233,7 +238,7 @@ class _FusedClip:
             batch,
             self.state,
             group["amsgrad"],
-            isinstance(group.get("overshoot"), MomentumBrake),
+            _find(group, MomentumBrake) is not None,
             part.on_device,
             lambda p: self._new_state(p, group, part.on_device),
             added,
@@ -291,8 +296,8 @@ class _FusedClip:
         """The prologue's `group_scalars` (struct GroupScalars of csrc/update_math.h), on the host."""
         rows, addresses = [], []
         for group in self.param_groups:
-            clip, rule, lr = group.get("grad_clip"), group.get("overshoot"), group["lr"]
-            brake = rule if isinstance(rule, MomentumBrake) else None
+            clip, lr = group.get("grad_clip"), group["lr"]
+            brake, clamp = _find(group, MomentumBrake), _find(group, UpdateClamp)
             beta1, beta2 = group["betas"]
             address = (0, 0)
             if part.on_device and isinstance(lr, Tensor) and lr.device.type != "cpu":
@@ -314,6 +319,7 @@ class _FusedClip:
                     float(group["eps"]),
                     float(group["weight_decay"]),
                     float(_is_coupled(group)),
+                    clamp.max_update if clamp else math.inf,
                     0.0,
                     0.0,
                 ]
@@ -321,7 +327,7 @@ class _FusedClip:
             addresses.append(address)
         out = torch.tensor(rows, dtype=torch.float64, device="cpu")
         if any(address for address, _ in addresses):
-            out.view(torch.int64)[:, 12:] = torch.tensor(addresses, dtype=torch.int64, device="cpu")
+            out.view(torch.int64)[:, -2:] = torch.tensor(addresses, dtype=torch.int64, device="cpu")
         return out
 
     def _differentiable_step(self) -> None:
@@ -466,7 +472,7 @@ class _FusedClip:
             loaded["state"] = final["state"]
             loaded["groups"] = [list(g["params"]) for g in final["param_groups"]]
             loaded["rules"] = [
-                {k: from_plain(k, g[k]) if isinstance(g[k], dict) else _AS_RULE[k](g[k]) for k in RULE_KEYS if k in g}
+                {k: from_plain(k, g[k]) if is_plain(g[k]) else _AS_RULE[k](g[k]) for k in RULE_KEYS if k in g}
                 for g in final["param_groups"]
             ]
 
@@ -585,15 +591,19 @@ def _is_coupled(group: dict[str, Any]) -> bool:
     return not group["decoupled_weight_decay"] and float(group["weight_decay"]) != 0.0
 
 
+def _find(group: dict[str, Any], kind: type) -> Any:
+    """The group's overshoot rule of a kind, or None."""
+    return next((rule for rule in overshoot_rules(group.get("overshoot")) if isinstance(rule, kind)), None)
+
+
 def _kernel_code(group: dict[str, Any]) -> int:
-    rule = group.get("overshoot")
-    return rule.kernel_code if rule is not None else 0
+    return sum(rule.kernel_code for rule in overshoot_rules(group.get("overshoot")))  # of all at most one has any
 
 
 def _block(group: dict[str, Any]) -> int:
     """Elements that share one gate; 1 where nothing is shared."""
-    rule = group.get("overshoot")
-    return rule.block if isinstance(rule, AlignedMomentum) and rule.block != "element" else 1
+    rule = _find(group, AlignedMomentum)
+    return 1 if rule is None or rule.block == "element" else rule.block
 
 
 def _everywhere(parts: list[Tensor]) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 
@@ -33,8 +34,12 @@ RULES = {
     "align 4096": dict(overshoot=fca.AlignedMomentum(block=4096)),
     "align element": dict(overshoot="align-element"),
     "cautious": dict(overshoot="cautious"),
+    "grams": dict(overshoot="grams"),
+    "clamp": dict(overshoot=fca.UpdateClamp(0.6)),
+    "atan2": dict(overshoot=fca.UpdateClamp(1.27 * math.pi / 2, mode="atan2")),
     "brake": dict(overshoot=fca.MomentumBrake(0.7, hold_v=0.3)),
     "brake damp": dict(overshoot=fca.MomentumBrake(0.7, mode="damp")),
+    "three rules": dict(overshoot=("align", fca.MomentumBrake(0.7), fca.UpdateClamp(0.6))),
     "amsgrad": dict(amsgrad=True),
     "maximize": dict(maximize=True, grad_clip=0.7, overshoot="align"),
 }

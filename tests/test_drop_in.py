@@ -27,6 +27,8 @@ RULES = {
     "align element": dict(overshoot=fca.AlignedMomentum(block="element")),
     "cautious": dict(overshoot="cautious", skip_nonfinite=True),
     "brake": dict(overshoot=fca.MomentumBrake(0.7, mode="damp", hold_v=0.5)),
+    "three": dict(overshoot=("grams", fca.MomentumBrake(0.7), fca.UpdateClamp(0.5))),
+    "atan2": dict(overshoot=fca.UpdateClamp(1.0, mode="atan2")),
     "reset": dict(reset=fca.OnRollout(moments=True)),
     "amsgrad": dict(amsgrad=True, maximize=True),
 }

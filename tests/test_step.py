@@ -233,7 +233,7 @@ def test_running_bias_weight_is_one_minus_the_product_of_a(backend):
 
 
 @pytest.mark.parametrize("backend", ("cpu", "reference"))
-@pytest.mark.parametrize("rule", ("align", "align-element", "cautious"))
+@pytest.mark.parametrize("rule", ("align", "align-element", "cautious", "grams"))
 def test_zero_gradient_moves_nothing(backend, rule):
     p = torch.nn.Parameter(torch.randn(3000))
     opt = fca.FusedClipAdamW([p], weight_decay=0.0, overshoot=rule, backend=backend)

@@ -34,7 +34,7 @@ STORAGE = {
 }
 """Types of parameter, gradient and states."""
 BYTES = (8, 4, 2, 2)
-ALIGN_BLOCK, ALIGN_ELEMENT, CAUTIOUS = 1, 2, 3
+ALIGN_BLOCK, ALIGN_ELEMENT, CAUTIOUS, GRAMS, ATAN2 = range(1, 6)
 RULES = {
     "adamw": {},
     "gathers the norm": {"gather": True},
@@ -47,6 +47,8 @@ RULES = {
     "align 4096": {"rule": ALIGN_BLOCK, "block": 4096},
     "align element": {"rule": ALIGN_ELEMENT},
     "cautious": {"rule": CAUTIOUS},
+    "Grams": {"rule": GRAMS},
+    "atan2": {"rule": ATAN2},
     "align 1024 with everything": dict(
         rule=ALIGN_BLOCK, block=1024, gather=True, amsgrad=True, coupled=True, strided=True
     ),

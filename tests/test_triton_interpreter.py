@@ -338,7 +338,7 @@ def call_prologue(placed, **signals):
     return placed.scalars
 
 
-PLAIN = [0.9, 0.999, -1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.01, 1e-8, 0.0, 0.0, 0.0, 0.0]
+PLAIN = [0.9, 0.999, -1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.01, 1e-8, 0.0, 0.0, math.inf, 0.0, 0.0]
 
 
 @interpreted
@@ -362,7 +362,7 @@ def test_learning_rate_is_read_where_it_is(dtype):
     group = list(PLAIN)
     placed, _held = place_one(torch.zeros(4), torch.zeros(4), [0.0], group)
     view = placed.fresh[placed.rows :]
-    view[12], view[13] = lr.data_ptr(), int(dtype == torch.float64)
+    view[13], view[14] = lr.data_ptr(), int(dtype == torch.float64)
     assert call_prologue(placed)[0, 10].item() == lr.double().item()
     lr.fill_(0.5)
     assert call_prologue(placed)[0, 10].item() == 0.5

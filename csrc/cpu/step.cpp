@@ -187,6 +187,10 @@ UpdateChunk<T> choose(Overshoot rule, bool amsgrad, bool coupled) {
       return choose_flags<T, Overshoot::ALIGN_ELEMENT>(amsgrad, coupled);
     case Overshoot::CAUTIOUS:
       return choose_flags<T, Overshoot::CAUTIOUS>(amsgrad, coupled);
+    case Overshoot::GRAMS:
+      return choose_flags<T, Overshoot::GRAMS>(amsgrad, coupled);
+    case Overshoot::ATAN2:
+      return choose_flags<T, Overshoot::ATAN2>(amsgrad, coupled);
   }
   fail("unknown overshoot rule ", static_cast<int64_t>(rule));
 }

@@ -35,7 +35,7 @@ struct TensorScalars {
   double skip;     // 1: change nothing
   double unscale;  // for the norm that the update gathers
   StepScalars<double> step;
-  double unused[3];
+  double unused[2];
 };
 constexpr int64_t kTensorScalars = sizeof(TensorScalars) / sizeof(double);
 static_assert(kTensorScalars == 16, "SCALARS of fused_clip_adam/backends/device_table.py");

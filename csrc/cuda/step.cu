@@ -354,6 +354,10 @@ Kernel choose(DType param, DType grad, DType state, Overshoot rule, bool amsgrad
       return choose_of_rule<Overshoot::ALIGN_ELEMENT>(param, grad, state, amsgrad, coupled);
     case Overshoot::CAUTIOUS:
       return choose_of_rule<Overshoot::CAUTIOUS>(param, grad, state, amsgrad, coupled);
+    case Overshoot::GRAMS:
+      return choose_of_rule<Overshoot::GRAMS>(param, grad, state, amsgrad, coupled);
+    case Overshoot::ATAN2:
+      return choose_of_rule<Overshoot::ATAN2>(param, grad, state, amsgrad, coupled);
   }
   fail("unknown overshoot rule ", static_cast<int64_t>(rule));
 }

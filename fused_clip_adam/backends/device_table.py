@@ -21,7 +21,7 @@ ROW = 15
 """int64 words of a row: struct Row of csrc/table.h."""
 GRAD, NUMEL, DTYPES, STRIDED, GROUP = 1, 8, slice(9, 12), 13, 14
 """Columns of a row."""
-GROUP_SCALARS, CONTROL, SCALARS = 14, 9, 16
+GROUP_SCALARS, CONTROL, SCALARS = 15, 9, 16
 """float64 columns of group_scalars, control and scalars: structs of csrc/update_math.h and csrc/cuda/tables.h."""
 
 _CHUNK_SMALL, _CHUNK_LARGE, _LARGE = 4096, 16384, 2**24
@@ -103,7 +103,7 @@ def place(
 
     Args:
         tables: host tables of this device's batches, from `tensor_table`.
-        group_scalars: float64 [groups, 14] on the host.
+        group_scalars: float64 [groups, 15] on the host.
         blocks: per batch, a number of elements that chunks must be a multiple of.
         kept: what the previous step got.
         capturable: a CUDA graph may be captured later; keeps buffers ready for it.

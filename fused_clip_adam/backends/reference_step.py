@@ -14,13 +14,14 @@ Arithmetic is float32, float64 for float64 parameters; scalars are prepared in f
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 RENORMALISE, DAMP = 1, 2
-NONE, ALIGN_BLOCK, ALIGN_ELEMENT, CAUTIOUS = 0, 1, 2, 3
+NONE, ALIGN_BLOCK, ALIGN_ELEMENT, CAUTIOUS, GRAMS, ATAN2 = range(6)
 
 
 @dataclasses.dataclass
@@ -99,9 +100,9 @@ def prologue(
     """All scalars of a step, on the device, without a host read.
 
     Args:
-        placed: its group_scalars, float64 [groups, 14]: beta1, beta2, max_norm (< 0: no clip), lag, sign
-            (-1: maximize), brake mode, strength, hold_v, lr, eps, weight_decay, coupled; the last two belong to the
-            GPU backends.
+        placed: its group_scalars, float64 [groups, 15]: beta1, beta2, max_norm (< 0: no clip), lag, sign
+            (-1: maximize), brake mode, strength, hold_v, lr, eps, weight_decay, coupled, max_update (infinite:
+            unbounded); the last two belong to the GPU backends.
         square_sums: float64 [n] of raw gradients, to be added up, or None where no rule needs the norm before the
             update.
         grad_scale, found_inf: as torch.amp.GradScaler hands them over, or None.
@@ -163,11 +164,12 @@ def block_gate(m: Tensor, g: Tensor, block: int) -> Tensor:
     return (sums > 0).repeat_interleave(block)[: products.numel()].reshape(m.shape)
 
 
-def adam_element(p, g, m, v, v_max, *, S, a, b, beta2, one_minus_beta2, W1, W2, lr, eps, decay, l2, rule, block):
+def adam_element(p, g, m, v, v_max, *, S, a, b, beta2, one_minus_beta2, W1, W2, lr, eps, decay, l2, max_update, rule,
+                 block):  # fmt: skip
     """One step of the update, elementwise; returns new p, m, v, v_max.
 
     g <- S g (+ l2 p) ; m' = a m + b g ; v' = beta2 v + (1 - beta2) g g
-    u  = d / W1 / (sqrt(v') / sqrt(W2) + eps) ; p <- decay p - lr u
+    u  = d / W1 / (sqrt(v') / sqrt(W2) + eps), at most max_update ; p <- decay p - lr u
     """
     g = g * S
     if l2:
@@ -181,9 +183,15 @@ def adam_element(p, g, m, v, v_max, *, S, a, b, beta2, one_minus_beta2, W1, W2, 
         d = torch.where(block_gate(m, g, block), m_new, b * g)
     elif rule == ALIGN_ELEMENT:
         d = torch.where(m.sign() * g.sign() > 0, m_new, b * g)
-    u = d * (1 / W1) / (v_used.sqrt() * (1 / W2**0.5) + eps)
+    size = v_used.sqrt() * (1 / W2**0.5)
+    if rule == ATAN2:
+        u = max_update * (2 / math.pi * torch.atan2(d * (1 / W1), size))
+    else:
+        u = (d * (1 / W1) / (size + eps)).clamp(-max_update, max_update)
     if rule == CAUTIOUS:
         u = torch.where(m_new.sign() * g.sign() > 0, u, torch.zeros_like(u))
+    elif rule == GRAMS:
+        u = g.sign() * u.abs()
     return p * decay - lr * u, m_new, v_new, None if v_max is None else v_used
 
 
@@ -205,7 +213,9 @@ def update_(
     skip, S, unscale, a, b, beta2_used, one_minus_beta2, w1_a, w1_b = control[table.group].tolist()
     if skip:
         return
-    beta1, beta2, _, _, _, _, _, _, lr, eps, weight_decay = placed.group_scalars[table.group].tolist()[:11]
+    beta1, beta2, _, _, _, _, _, _, lr, eps, weight_decay, _, max_update = placed.group_scalars[table.group].tolist()[
+        :13
+    ]
     for i, p in enumerate(table.params):
         step = table.steps[i]
         step += 1
@@ -234,6 +244,7 @@ def update_(
             eps=eps,
             decay=1.0 if coupled else 1 - lr * weight_decay,
             l2=weight_decay if coupled else 0.0,
+            max_update=max_update,
             rule=overshoot,
             block=block,
         )

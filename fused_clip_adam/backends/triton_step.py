@@ -21,8 +21,10 @@ from fused_clip_adam.backends.device_table import SCALARS as _SCALAR_WORDS
 from fused_clip_adam.backends.device_table import DeviceTables, Launch, place
 from fused_clip_adam.backends.reference_step import ALIGN_BLOCK as _ALIGN_BLOCK
 from fused_clip_adam.backends.reference_step import ALIGN_ELEMENT as _ALIGN_ELEMENT
+from fused_clip_adam.backends.reference_step import ATAN2 as _ATAN2
 from fused_clip_adam.backends.reference_step import CAUTIOUS as _CAUTIOUS
 from fused_clip_adam.backends.reference_step import DAMP as _DAMP
+from fused_clip_adam.backends.reference_step import GRAMS as _GRAMS
 from fused_clip_adam.backends.triton_math import (
     BYTES,
     TYPES,
@@ -52,10 +54,11 @@ PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ = (tl.constexpr(slot) for slot 
 STEP, STEP_IS_F64, BIAS_WEIGHTS, NUMEL = (tl.constexpr(column) for column in range(5, 9))
 FLAT, STRIDED_AT, GROUP = (tl.constexpr(column) for column in range(12, 15))
 GROUP_SCALARS = tl.constexpr(_GROUP_WORDS)
-LR_ADDRESS, LR_IS_F64 = tl.constexpr(12), tl.constexpr(13)
+LR_ADDRESS, LR_IS_F64 = tl.constexpr(13), tl.constexpr(14)
 SCALARS = tl.constexpr(_SCALAR_WORDS)
 DAMP = tl.constexpr(_DAMP)
 ALIGN_BLOCK, ALIGN_ELEMENT, CAUTIOUS = map(tl.constexpr, (_ALIGN_BLOCK, _ALIGN_ELEMENT, _CAUTIOUS))
+GRAMS, ATAN2 = tl.constexpr(_GRAMS), tl.constexpr(_ATAN2)
 
 # ---------------------------------------------------------------- the update of one element
 
@@ -76,6 +79,32 @@ def scaled_grad(param, grad, s, COUPLED: tl.constexpr):
 
 
 @triton.jit
+def atan2_right(y, x):
+    """atan2(y, x) for x >= 0: the rational of update_math.h."""
+    size = tl.abs(y)
+    steep = size > x
+    less, more = tl.where(steep, x, size), tl.where(steep, size, x)
+    upper = less > 0.66 * more
+    numerator = tl.where(upper, less - more, less)
+    denominator = tl.where(upper, less + more, more)
+    w = divide(numerator, tl.where(denominator > 0.0, denominator, 1.0))
+    z = w * w
+    p = z * -8.750608600031904122785e-1 + -1.615753718733365076637e1
+    p = p * z + -7.500855792314704667340e1
+    p = p * z + -1.228866684490136173410e2
+    p = p * z + -6.485021904942025371773e1
+    q = z + 2.485846490142306297962e1
+    q = q * z + 1.650270098316988542046e2
+    q = q * z + 4.328810604912902668951e2
+    q = q * z + 4.853903996359136964868e2
+    q = q * z + 1.945506571482613964425e2
+    small = w + w * divide(z * p, q)
+    angle = tl.where(upper, 0.78539816339744830962 + small, small)
+    turned = tl.where(steep, 1.57079632679489661923 - angle, angle)
+    return tl.where(y < 0.0, -turned, turned)
+
+
+@triton.jit
 def update_element(
     param,
     grad,
@@ -89,9 +118,9 @@ def update_element(
     COUPLED: tl.constexpr,
 ):
     """m' = a m + b g ; v' = beta2 v + (1 - beta2) g g
-    u  = d / W1 / (sqrt(v') / sqrt(W2) + eps) ; p <- decay p - lr u
+    u  = d / W1 / (sqrt(v') / sqrt(W2) + eps), at most max_update ; p <- decay p - lr u
     """
-    _grad_factor, a, b, beta2, one_minus_beta2, inv_w1, inv_sqrt_w2, eps, lr, decay, _l2 = s
+    _grad_factor, a, b, beta2, one_minus_beta2, inv_w1, inv_sqrt_w2, eps, lr, decay, _l2, max_update = s
     g = scaled_grad(param, grad, s, COUPLED)
     m = exp_avg
     bg = b * g
@@ -106,9 +135,17 @@ def update_element(
         d = tl.where(keep, m_new, bg)
     if RULE == ALIGN_ELEMENT:
         d = tl.where(same_sign(m, g), m_new, bg)
-    u = divide(d * inv_w1, square_root(v_used) * inv_sqrt_w2 + eps)
+    size = square_root(v_used) * inv_sqrt_w2
+    if RULE == ATAN2:
+        u = max_update * (0.63661977236758134308 * atan2_right(d * inv_w1, size))  # 2 / pi
+    else:
+        u = divide(d * inv_w1, size + eps)
+        u = tl.where(u < -max_update, -max_update, u)
+        u = tl.where(u > max_update, max_update, u)
     if RULE == CAUTIOUS:
         u = tl.where(same_sign(m_new, g), u, 0.0)
+    if RULE == GRAMS:
+        u = tl.where(g > 0.0, tl.abs(u), tl.where(g < 0.0, -tl.abs(u), 0.0))
 
     param = param * decay - lr * u
     return param, m_new, v_new, v_used
@@ -480,6 +517,7 @@ def prologue_kernel(
         eps = tl.load(group_ptr + 9, mask=mask, other=0.0)
         weight_decay = tl.load(group_ptr + 10, mask=mask, other=0.0)
         coupled = tl.load(group_ptr + 11, mask=mask, other=0.0) != 0.0
+        max_update = tl.load(group_ptr + 12, mask=mask, other=0.0)
         lr_address = tl.load(group_at + LR_ADDRESS, mask=mask, other=0)
         lr_is_f64 = tl.load(group_at + LR_IS_F64, mask=mask, other=0) != 0
         there = lr_address != 0
@@ -539,6 +577,7 @@ def prologue_kernel(
         tl.store(out + 10, lr, mask=mask)
         tl.store(out + 11, tl.where(coupled, 1.0, 1.0 - lr * weight_decay), mask=mask)
         tl.store(out + 12, tl.where(coupled, weight_decay, 0.0), mask=mask)
+        tl.store(out + 13, max_update, mask=mask)
 
 
 # ---------------------------------------------------------------- phase 3: one pass over memory
@@ -618,6 +657,7 @@ def update_kernel(
         tl.load(scalars + 10).to(T),  # lr
         tl.load(scalars + 11).to(T),  # decay
         tl.load(scalars + 12).to(T),  # l2
+        tl.load(scalars + 13).to(T),  # max_update
     )
     aligned = (param_at | grad_at | exp_avg_at | exp_avg_sq_at | max_exp_avg_sq_at) % 16 == 0
     aligned = aligned & (dims == 0)

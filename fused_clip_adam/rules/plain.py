@@ -9,26 +9,31 @@ KEYS = ("grad_clip", "overshoot", "reset")
 """The parameter-group keys that hold rules."""
 
 
-def to_plain(rule: Any) -> dict[str, Any]:
-    """`AlignedMomentum(block=1024)` -> `{"rule": "AlignedMomentum", "block": 1024}`."""
+def to_plain(rule: Any) -> dict[str, Any] | list[dict[str, Any]]:
+    """`AlignedMomentum(block=1024)` -> `{"rule": "AlignedMomentum", "block": 1024}`; a list of them for several."""
+    if isinstance(rule, tuple):
+        return [to_plain(each) for each in rule]
     return {"rule": type(rule).__name__, **dataclasses.asdict(rule)}
 
 
-def from_plain(key: str, value: dict[str, Any]) -> Any:
-    """The rule that `to_plain` wrote for a group's `key`.
+def is_plain(value: Any) -> bool:
+    """Whether `to_plain` wrote it."""
+    return isinstance(value, dict) or (isinstance(value, list) and all(isinstance(each, dict) for each in value))
+
+
+def from_plain(key: str, value: dict[str, Any] | list[dict[str, Any]]) -> Any:
+    """The rule, or tuple of rules, that `to_plain` wrote for a group's `key`.
 
     Raises:
         ValueError: the name is no rule of this version for that key.
     """
     from fused_clip_adam.rules.grad_clip import GlobalNorm
-    from fused_clip_adam.rules.overshoot import AlignedMomentum, Cautious, MomentumBrake
+    from fused_clip_adam.rules.overshoot import RULES
     from fused_clip_adam.rules.reset import OnRollout
 
-    known = {
-        "grad_clip": (GlobalNorm,),
-        "overshoot": (AlignedMomentum, Cautious, MomentumBrake),
-        "reset": (OnRollout,),
-    }[key]
+    if isinstance(value, list):
+        return tuple(from_plain(key, each) for each in value)
+    known = {"grad_clip": (GlobalNorm,), "overshoot": RULES, "reset": (OnRollout,)}[key]
     fields = dict(value)
     name = fields.pop("rule", None)
     for rule in known:
