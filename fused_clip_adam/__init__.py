@@ -39,13 +39,17 @@ from fused_clip_adam.objectives import (
 )
 from fused_clip_adam.optimizer import FusedClipAdam, FusedClipAdamW
 from fused_clip_adam.rules import (
+    AdaGC,
     AlignedMomentum,
+    AutoClip,
     Cautious,
     GlobalNorm,
     Grams,
     MomentumBrake,
     OnRollout,
+    PerTensorNorm,
     UpdateClamp,
+    ZClip,
 )
 
 __all__ = [
@@ -84,13 +88,17 @@ __all__ = [
     "Objective",
     "FusedClipAdam",
     "FusedClipAdamW",
+    "AdaGC",
     "AlignedMomentum",
+    "AutoClip",
     "Cautious",
     "GlobalNorm",
     "Grams",
     "MomentumBrake",
     "OnRollout",
+    "PerTensorNorm",
     "UpdateClamp",
+    "ZClip",
     "__version__",
     "theory",
 ]

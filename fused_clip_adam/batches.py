@@ -19,6 +19,7 @@ class Batch:
 
     group: int
     device: torch.device
+    positions: list[int] = dataclasses.field(default_factory=list)  # of the parameters in their group
     params: list[Tensor] = dataclasses.field(default_factory=list)
     grads: list[Tensor] = dataclasses.field(default_factory=list)
     exp_avgs: list[Tensor] = dataclasses.field(default_factory=list)
@@ -65,6 +66,7 @@ def collect(param_groups: list[dict[str, Any]]) -> list[Batch]:
                 if batch is None:
                     _check_kind(f'param_groups[{index}]["params"][{position}]', p, grad)
                     batch = batches[(index, *kind)] = Batch(group=index, device=p.device)
+            batch.positions.append(position)
             batch.params.append(p)
             batch.grads.append(grad)
     return list(batches.values())

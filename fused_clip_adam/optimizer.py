@@ -3,6 +3,8 @@
 `step()` reads top-down as three phases:
 
     batches  ->  1 norm  ->  2 prologue (every scalar, on the device)  ->  3 update (one pass over memory)
+
+Clip rules that remember norms turn them into factors between 1 and 2, see rules/grad_clip.py.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from fused_clip_adam.batches import Batch, attach_states, collect
 from fused_clip_adam.objectives.stats import ClipStats
 from fused_clip_adam.rules import (
     AlignedMomentum,
-    GlobalNorm,
+    AutoClip,
+    GradClip,
     MomentumBrake,
     OnRollout,
     UpdateClamp,
@@ -42,7 +45,7 @@ _EXTRA_KEY = "fused_clip_adam"
 _EXTRAS_DOC = """
     Keyword Args:
         grad_clip: None, a positive float (global L2 norm) or a `GradClip` rule. Gradients are scaled as they are
-            read; `.grad` is never written.
+            read; `.grad` is never written. What a rule remembers is in the state dict.
         overshoot: None, "align", "align-element", "cautious", "grams", "brake", an `Overshoot` rule, or a tuple of
             rules that shape different parts of an update, such as ("align", UpdateClamp(1.0)).
         reset: None or a `Reset` rule.
@@ -106,7 +109,9 @@ class _FusedClip:
         self._grad_square_sum = torch.zeros((), dtype=torch.float64, device="cpu")
         self._steps_skipped = torch.zeros((), dtype=torch.int64, device="cpu")
         self._observed: Tensor | None = None
+        self._clip_memory: dict[int, dict[str, Any]] = {}  # of each group's clip rule: its name, steps, tensors
         self._kept: dict[torch.device, Any] = {}  # what `place` made for a device, for the next step
+        self._positions: dict[int, tuple[list[int], Tensor]] = {}
         super().__init__(
             params,
             lr=lr,
@@ -156,9 +161,8 @@ class _FusedClip:
             return
         self._check_capture()
         parts = self._parts(batches)
-        needs_norm = self.skip_nonfinite or any(
-            isinstance(g.get("grad_clip"), GlobalNorm) and not g["grad_clip"].lag for g in self.param_groups
-        )
+        clips = [group.get("grad_clip") for group in self.param_groups]
+        needs_norm = self.skip_nonfinite or any(clip is not None and not clip.lag for clip in clips)
         added: list[tuple[dict, Any]] = []
         try:
             # Everything is checked here; nothing has been changed yet.
@@ -168,11 +172,15 @@ class _FusedClip:
 
             # 1 norm: only where a rule needs this step's norm before the update; otherwise the update gathers it.
             square_sums: list[Tensor | None] = [None] * len(parts)
+            factors: list[Tensor | None] = [None] * len(parts)
             if needs_norm:
-                square_sums = _everywhere([part.backend.grad_square_sums(part.placed) for part in parts])
+                own_sums = [part.backend.grad_square_sums(part.placed) for part in parts]
+                square_sums = _everywhere(own_sums)
+                if not all(clip is None or clip.in_prologue for clip in clips):
+                    factors = self._clip_factors(parts, own_sums, square_sums[0])
 
             # 2 prologue
-            for part, sums in zip(parts, square_sums):
+            for part, sums, own_factors in zip(parts, square_sums, factors):
                 part.control = part.backend.prologue(
                     part.placed,
                     sums,
@@ -182,6 +190,7 @@ class _FusedClip:
                     part.grad_square_sum,
                     part.steps_skipped,
                     self.skip_nonfinite,
+                    own_factors,
                 )
         except Exception:
             for owner, key in reversed(added):
@@ -230,6 +239,81 @@ class _FusedClip:
             for part in parts.values():
                 part.gathered = torch.zeros_like(part.grad_square_sum)
         return list(parts.values())
+
+    def _clip_factors(self, parts: list[_Part], own_sums: list[Tensor], all_sums: Tensor) -> list[Tensor]:
+        """By device, the factor of every tensor's gradient under the groups' clip rules: float64 [rows].
+
+        Args:
+            own_sums: by device, sums of squares of raw gradients. all_sums: of all devices, on the first.
+        """
+        first = parts[0]
+        scale = _as_tensor(getattr(self, "grad_scale", None), first.device)
+        found_inf = _as_tensor(getattr(self, "found_inf", None), first.device)
+        unscale = 1.0 if scale is None else 1.0 / scale.double().reshape(()).abs()
+        norm = all_sums.sum().sqrt() * unscale
+        usable = norm.isfinite() & (norm > 0)
+        if found_inf is not None:
+            usable = usable & (found_inf.reshape(()) == 0)
+
+        norms: list[list[Tensor]] = []  # by device and batch, of every tensor; only where a rule reads them
+        if any(_clip_of(self.param_groups, batch).per_tensor for part in parts for batch in part.batches):
+            if len(parts) > 1:
+                raise RuntimeError("a clip rule per tensor (PerTensorNorm, AdaGC) needs all parameters on one device")
+            sums = first.backend.tensor_square_sums(first.placed, own_sums[0]).sqrt() * unscale
+            norms = [list(sums.split([len(batch.params) for batch in first.batches]))]
+
+        by_group: dict[int, Tensor] = {}
+        for index, group in enumerate(self.param_groups):
+            clip = group.get("grad_clip")
+            if clip is None or clip.in_prologue:
+                continue
+            of_group = torch.full((len(group["params"]),), math.nan, dtype=torch.float64, device=first.device)
+            for at, (batch, own) in enumerate(zip(first.batches, norms[0] if norms else ())):
+                if batch.group == index:
+                    of_group.index_copy_(0, self._positions_of(batch, at), own)
+            memory = self._memory_of(index, clip, len(group["params"]), first.device)
+            by_group[index] = clip.factors(norm, of_group, memory, usable)
+        out = []
+        for part in parts:
+            rows = []
+            for at, batch in enumerate(part.batches):
+                own = by_group.get(batch.group)
+                if own is None:
+                    own = torch.ones((), dtype=torch.float64, device=part.device)
+                own = own.to(part.device, non_blocking=True)
+                of_tensors = own.index_select(0, self._positions_of(batch, at)) if own.dim() else None
+                rows.append(own.expand(len(batch.params)) if of_tensors is None else of_tensors)
+            out.append(torch.cat(rows))
+        return out
+
+    def _positions_of(self, batch: Batch, at: int) -> Tensor:
+        """Where in its group the tensors of the `at`-th batch are: int64, on the device, uploaded when it changes."""
+        kept = self._positions.get(at)
+        if kept is None or kept[0] != batch.positions or kept[1].device != batch.device:
+            tensor = _moved(torch.tensor(batch.positions, dtype=torch.int64, device="cpu"), batch.device)
+            self._positions[at] = kept = (batch.positions, tensor)
+        return kept[1]
+
+    def _memory_of(self, index: int, clip: GradClip, tensors: int, device: torch.device) -> dict[str, Tensor]:
+        """What a group's clip rule remembers, on the device; new where the rule or a size of it has changed."""
+        wanted = clip.memory(tensors)
+        kept = self._clip_memory.get(index, {})
+        own = kept.get("tensors", {})
+        grows = hasattr(clip, "grown")
+        sizes = {name: tuple(own[name].shape) for name in own}
+        if kept.get("rule") != type(clip).__name__ or any(
+            sizes.get(name) != shape and not (grows and len(shape)) for name, (shape, _) in wanted.items()
+        ):
+            own = {
+                name: torch.full(shape, first, dtype=torch.float64, device=device)
+                for name, (shape, first) in wanted.items()
+            }
+            kept = self._clip_memory[index] = {"rule": type(clip).__name__, "steps": 0, "tensors": own}
+        own = {name: _moved(tensor, device) for name, tensor in own.items()}
+        if grows:
+            own = clip.grown(own, kept["steps"])
+        kept["tensors"], kept["steps"] = own, kept["steps"] + 1
+        return own
 
     def _table(self, batch: Batch, part: _Part, added: list[tuple[dict, Any]]) -> Any:
         """A batch's table, its states attached; notes in `added` what is new."""
@@ -282,7 +366,7 @@ class _FusedClip:
 
     def _check_capture(self) -> None:
         """Raises:
-        RuntimeError: a CUDA graph is being captured and a group is not capturable.
+        RuntimeError: a CUDA graph is being captured and a group is not capturable, or what its rule remembers grows.
         """
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             for index, group in enumerate(self.param_groups):
@@ -290,6 +374,11 @@ class _FusedClip:
                     raise RuntimeError(
                         f"a CUDA graph is being captured, but param_groups[{index}] has capturable=False; construct "
                         f"{type(self).__name__} with capturable=True"
+                    )
+                if isinstance(group.get("grad_clip"), AutoClip) and group["grad_clip"].history is None:
+                    raise RuntimeError(
+                        f"a CUDA graph is being captured, but the history of param_groups[{index}]'s AutoClip grows "
+                        "with training; give it a length: AutoClip(history=1000)"
                     )
 
     def _group_scalars(self, part: _Part) -> Tensor:
@@ -309,7 +398,7 @@ class _FusedClip:
                 [
                     float(beta1),
                     float(beta2),
-                    clip.max_norm if clip is not None else -1.0,
+                    clip.max_norm if clip is not None and clip.in_prologue else -1.0,
                     float(clip is not None and clip.lag),
                     -1.0 if group["maximize"] else 1.0,
                     float(brake.brake_code) if brake else 0.0,
@@ -455,6 +544,7 @@ class _FusedClip:
                 "grad_square_sum": self._grad_square_sum.clone(),
                 "steps_skipped": self._steps_skipped.clone(),
                 "observed": None if self._observed is None else self._observed.clone(),
+                "clip_memory": _copied_memory(self._clip_memory),
             }
         return out
 
@@ -496,6 +586,7 @@ class _FusedClip:
             self._grad_square_sum = extra["grad_square_sum"].clone()
             self._steps_skipped = extra["steps_skipped"].clone()
             self._observed = None if extra["observed"] is None else extra["observed"].clone()
+            self._clip_memory = _copied_memory(extra.get("clip_memory", {}))
 
     def _copy_loaded(self, name: str, value: Tensor, saved: Any, p: Tensor) -> Tensor:
         # torch casts every floating state to the parameter's dtype; ours may be wider.
@@ -508,12 +599,13 @@ class _FusedClip:
         return value.clone()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._kept = {}  # addresses of this process
+        self._kept, self._positions = {}, {}  # addresses of this process
         super().__setstate__(state)
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("backend", "state_dtype", "skip_nonfinite", "_default_rules", "_grad_square_sum", "_steps_skipped")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in (*names, "_observed")}}
+        names += ("_observed", "_clip_memory")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
 
 class FusedClipAdamW(_FusedClip, torch.optim.AdamW):
@@ -584,6 +676,17 @@ class _Part:
         )
         if self.on_device:  # the host's tables are made anew each step, and the reference's hold the gradients
             self.kept[self.device] = self.placed
+
+
+def _clip_of(param_groups: list[dict[str, Any]], batch: Batch) -> GradClip:
+    return param_groups[batch.group].get("grad_clip") or GradClip()
+
+
+def _copied_memory(memory: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    return {
+        index: {**own, "tensors": {name: tensor.clone() for name, tensor in own["tensors"].items()}}
+        for index, own in memory.items()
+    }
 
 
 def _is_coupled(group: dict[str, Any]) -> bool:

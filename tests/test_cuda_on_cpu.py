@@ -140,7 +140,7 @@ def test_offsets_past_2_to_the_32(transposed, overshoot):
     for work in (placed, small_placed):
         sums = cuda.grad_square_sums(work)
         total, skipped = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
-        cuda.prologue(work, sums, None, None, None, total, skipped, False)
+        cuda.prologue(work, sums, None, None, None, total, skipped, False, None)
         cuda.update_(work, None, 0, False, False, rule.kernel_code if rule else 0, block, None)
         out.append(total)
     assert float(out[0]) == pytest.approx(float(out[1]), rel=1e-14) and float(out[0]) > 0

@@ -54,6 +54,54 @@ def test_step_never_waits_for_the_device(backend):
     assert int(opt.step_count_skipped) == 0
 
 
+CLIP_RULES = {
+    "per tensor": fca.PerTensorNorm(0.5),
+    "AutoClip": fca.AutoClip(50.0, history=4),
+    "ZClip": fca.ZClip(warmup=2),
+    "AdaGC": fca.AdaGC(start=2),
+}
+
+
+@pytest.mark.parametrize("name", CLIP_RULES)
+def test_clip_rules_never_wait_for_the_device_and_replay_in_a_graph(backend, name):
+    """Statistics advance on the device: replayed they are, to the bit, what eager steps make of them."""
+
+    def train(captured: bool):
+        opt, _ = make(backend, capturable=True, grad_clip=CLIP_RULES[name])
+        opt.add_param_group({"params": [torch.ones(9, device="cuda").requires_grad_()], "grad_clip": None})
+        every = [p for group in opt.param_groups for p in group["params"]]
+        graph, generator = torch.cuda.CUDAGraph(), torch.Generator("cuda").manual_seed(1)
+        for i in range(10):
+            for p in every:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                p.grad.copy_(torch.randn(p.shape, device="cuda", generator=generator) * (20.0 if i == 7 else 1.0))
+            if captured and i == 3:
+                torch.cuda.synchronize()
+                with torch.cuda.graph(graph):
+                    opt.step()
+            if captured and i >= 3:
+                graph.replay()
+                continue
+            torch.cuda.set_sync_debug_mode("error" if i else "default")
+            try:
+                opt.step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        kept = opt._clip_memory[0]["tensors"]
+        return [*results(opt, every), *(kept[key].cpu() for key in sorted(kept))]
+
+    assert bitwise_equal(train(True), train(False))
+
+
+def test_growing_history_is_not_captured(backend):
+    opt, _ = make(backend, capturable=True, grad_clip=fca.AutoClip())
+    opt.step()
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match=r"AutoClip\(history"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        opt.step()
+    torch.cuda.synchronize()
+
+
 def test_three_launches_a_step(backend):
     from torch.profiler import ProfilerActivity, profile
 

@@ -125,6 +125,7 @@ POINTERS = {
     "found_inf_ptr": "*fp32",
     "observed_ptr": "*fp32",
     "steps_skipped_ptr": "*i64",
+    "clip_factors_ptr": "*fp64",
 }
 
 
@@ -170,7 +171,7 @@ def step_launch(kind: str, what: list, lanes: int) -> tuple:
     if kind == "norm":
         triton_step.grad_square_sums(placed)
     elif kind == "prologue":
-        triton_step.prologue(placed, tensor, tensor, tensor, tensor, tensor, tensor, True)
+        triton_step.prologue(placed, tensor, tensor, tensor, tensor, tensor, tensor, True, tensor)
     else:
         triton_step.update_(
             placed,

@@ -334,7 +334,7 @@ def place_one(p: torch.Tensor, grad: torch.Tensor, steps: list[float], group: li
 def call_prologue(placed, **signals):
     names = ("square_sums", "grad_scale", "found_inf", "observed")
     books = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
-    triton_step.prologue(placed, *(signals.get(name) for name in names), *books, False)
+    triton_step.prologue(placed, *(signals.get(name) for name in names), *books, False, None)
     return placed.scalars
 
 

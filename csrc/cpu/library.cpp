@@ -23,12 +23,13 @@ STABLE_TORCH_LIBRARY(fused_clip_adam, m) {
   m.def(
       "tensor_table(Tensor[] params, Tensor[] grads, Tensor[] exp_avgs, Tensor[] exp_avg_sqs, "
       "Tensor[] max_exp_avg_sqs, Tensor[] steps, Tensor[] bias_weights, int group) -> Tensor");
-  m.def("grad_square_sum(Tensor table) -> Tensor");
+  m.def("grad_square_sums(Tensor table) -> Tensor");
   m.def(
       "prologue(Tensor group_scalars, Tensor? square_sums, Tensor? grad_scale, Tensor? found_inf, Tensor? observed, "
       "Tensor(a!) grad_square_sum, Tensor(b!) steps_skipped, bool skip_nonfinite) -> Tensor");
   m.def(
-      "update_(Tensor table, Tensor group_scalars, Tensor control, bool coupled, bool amsgrad, int overshoot, "
+      "update_(Tensor table, Tensor group_scalars, Tensor control, Tensor? clip_factors, bool coupled, bool amsgrad, "
+      "int overshoot, "
       "int block, Tensor(a!)? grad_square_sum) -> ()");
   m.def(
       "policy_loss(Tensor logp, Tensor old_logp, Tensor advantages, Tensor? mask, Tensor? weights, Tensor? aux, "

@@ -1,11 +1,11 @@
-// Phase 1: the sum of squares of a batch's gradients, in float64. Reads 4 B per float32 element.
+// Phase 1: the sum of squares of each gradient of a batch, in float64. Reads 4 B per float32 element.
 #include "table.h"
 
 namespace fca {
 
 // Two stages: one partial sum a chunk, then the partial sums in order. float64 cannot overflow on squares of float32,
 // so the result is finite exactly when every gradient is.
-Tensor grad_square_sum(const Tensor& table_tensor) {
+Tensor grad_square_sums(const Tensor& table_tensor) {
   const Table table = read_table(table_tensor);
   const std::vector<Chunk> chunks = make_chunks(table, kTile);
   const int64_t n = static_cast<int64_t>(chunks.size());
@@ -33,13 +33,13 @@ Tensor grad_square_sum(const Tensor& table_tensor) {
       partial[c] = sum;
     }
   });
-  Tensor out = torch::stable::empty({1}, ScalarType::Double);
-  double total = 0;
-  for (double part : partial) total += part;
-  *mutable_data<double>(out) = total;
+  Tensor out = torch::stable::empty({table.rows}, ScalarType::Double);
+  double* sums = mutable_data<double>(out);
+  std::fill_n(sums, table.rows, 0.0);
+  for (int64_t c = 0; c < n; ++c) sums[chunks[c].row] += partial[c];
   return out;
 }
 
 }  // namespace fca
 
-STABLE_TORCH_LIBRARY_IMPL(fused_clip_adam, CPU, m) { m.impl("grad_square_sum", TORCH_BOX(&fca::grad_square_sum)); }
+STABLE_TORCH_LIBRARY_IMPL(fused_clip_adam, CPU, m) { m.impl("grad_square_sums", TORCH_BOX(&fca::grad_square_sums)); }

@@ -195,12 +195,14 @@ UpdateChunk<T> choose(Overshoot rule, bool amsgrad, bool coupled) {
   fail("unknown overshoot rule ", static_cast<int64_t>(rule));
 }
 
-void update_(const Tensor& table_tensor, const Tensor& group_scalars, const Tensor& control, bool coupled, bool amsgrad,
-             int64_t overshoot, int64_t block, std::optional<Tensor> grad_square_sum) {
+void update_(const Tensor& table_tensor, const Tensor& group_scalars, const Tensor& control,
+             std::optional<Tensor> clip_factors, bool coupled, bool amsgrad, int64_t overshoot, int64_t block,
+             std::optional<Tensor> grad_square_sum) {
   const Table table = read_table(table_tensor);
   const int64_t groups = group_scalars.numel() / kGroupScalars;
   check_buffer(group_scalars, ScalarType::Double, groups * kGroupScalars, "group_scalars");
   check_buffer(control, ScalarType::Double, groups * kControl, "control");
+  if (clip_factors) check_buffer(*clip_factors, ScalarType::Double, table.rows, "clip_factors");
   check(block >= 1, "block must be at least 1, got ", block);
   const auto* group = reinterpret_cast<const GroupScalars*>(const_data<double>(group_scalars));
   const auto* signals = reinterpret_cast<const Control*>(const_data<double>(control));
@@ -227,6 +229,7 @@ void update_(const Tensor& table_tensor, const Tensor& group_scalars, const Tens
   for (int64_t r = 0; r < table.rows; ++r) {
     const Row& row = table.row[r];
     scalars[r] = advance(row, group[row.group], signals[row.group], group[row.group].lr);
+    if (clip_factors) scalars[r].grad_factor *= const_data<double>(*clip_factors)[r];
   }
 
   torch::stable::parallel_for(0, n, chunk_grain(table, n), [&](int64_t first, int64_t last) {

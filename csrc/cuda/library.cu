@@ -21,7 +21,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_clip_adam, m) {
   m.def(
       "cuda_prologue(Tensor fixed, Tensor fresh, int rows, Tensor? square_sums, Tensor? grad_scale, Tensor? found_inf, "
       "Tensor? observed, Tensor(a!) grad_square_sum, Tensor(b!) steps_skipped, bool skip_nonfinite, "
-      "Tensor(c!) scalars) -> ()");
+      "Tensor? clip_factors, Tensor(c!) scalars) -> ()");
   m.def(
       "cuda_update_(Tensor fixed, Tensor fresh, int chunks_at, int first_chunk, int chunks, int chunk_size, "
       "int param_dtype, int grad_dtype, int state_dtype, Tensor scalars, bool coupled, bool amsgrad, int overshoot, "

@@ -9,9 +9,19 @@ import torch
 from torch import Tensor
 
 from fused_clip_adam.backends import native
-from fused_clip_adam.backends.device_table import DeviceTables, place
+from fused_clip_adam.backends.device_table import DeviceTables, place, tensor_square_sums
 
-__all__ = ["ON_DEVICE", "devices", "grad_square_sums", "place", "prologue", "tensor_table", "unavailable", "update_"]
+__all__ = [
+    "ON_DEVICE",
+    "devices",
+    "grad_square_sums",
+    "place",
+    "prologue",
+    "tensor_square_sums",
+    "tensor_table",
+    "unavailable",
+    "update_",
+]
 
 ON_DEVICE = True
 """Steps, norms and scalars live on the device, where the kernels advance them; the host reads nothing."""

@@ -63,6 +63,10 @@ class DeviceTables:
         self.scalars = torch.zeros(self.rows, SCALARS, dtype=torch.float64, device=device)
         self.finished = torch.zeros(1, dtype=torch.int32, device=device)
         self.captured = False
+        # Chunks of a tensor lie side by side, but tensors in the order of the launches.
+        rows, lengths = torch.unique_consecutive(chunks.view(-1, 2)[:, 0], return_counts=True)
+        self.segments = tuple(x.to(device) for x in (rows, lengths))
+        """(rows, how many chunks they have), of every tensor with elements."""
         self._key = (head, counts, blocks, fresh_words)
         self._spares: list[Tensor] = []
         self._last_fresh: Tensor | None = None
@@ -123,6 +127,13 @@ def place(
         kept = DeviceTables(*key, device)
     kept.upload_fresh(fresh, capturable)
     return kept
+
+
+def tensor_square_sums(placed: DeviceTables, square_sums: Tensor) -> Tensor:
+    """What `grad_square_sums` gave, by tensor: float64 [rows]. See reference_step.py."""
+    rows, lengths = placed.segments
+    sums = torch.segment_reduce(square_sums, "sum", lengths=lengths, unsafe=True)
+    return square_sums.new_zeros(placed.rows).index_copy_(0, rows, sums)
 
 
 def _combine(tables: list[Tensor]) -> tuple[list[int], Tensor, Tensor]:

@@ -8,7 +8,7 @@ import pathlib
 import torch
 from torch import Tensor
 
-from fused_clip_adam.backends.reference_step import Placed, place
+from fused_clip_adam.backends.reference_step import Control, Placed, place, tensor_square_sums
 
 __all__ = [
     "Placed",
@@ -20,6 +20,7 @@ __all__ = [
     "place",
     "policy_loss",
     "prologue",
+    "tensor_square_sums",
     "tensor_table",
     "update_",
 ]
@@ -65,23 +66,25 @@ def capability() -> str:
 
 def grad_square_sums(placed: Placed) -> Tensor:
     """Phase 1, see reference_step.py."""
-    return torch.cat([_grad_square_sum(table) for table in placed.tables])
+    return torch.cat([_grad_square_sums(table) for table in placed.tables])
 
 
-def prologue(placed: Placed, *signals) -> Tensor:
+def prologue(placed: Placed, *signals) -> Control:
     """Phase 2, see reference_step.py."""
-    return _prologue(placed.group_scalars, *signals)
+    *others, clip_factors = signals
+    return Control(_prologue(placed.group_scalars, *others), clip_factors)
 
 
-def update_(placed: Placed, control: Tensor, batch: int, *options) -> None:
+def update_(placed: Placed, control: Control, batch: int, *options) -> None:
     """Phase 3, see reference_step.py."""
-    _update_(placed.tables[batch], placed.group_scalars, control, *options)
+    factors = control.factors_of(placed, batch, lambda table: int(table[0]))
+    _update_(placed.tables[batch], placed.group_scalars, control.groups, factors, *options)
 
 
 if not _reason:
     # Overloads, not packets: resolving an overload costs microseconds a call.
     tensor_table = torch.ops.fused_clip_adam.tensor_table.default
-    _grad_square_sum = torch.ops.fused_clip_adam.grad_square_sum.default
+    _grad_square_sums = torch.ops.fused_clip_adam.grad_square_sums.default
     _prologue = torch.ops.fused_clip_adam.prologue.default
     _update_ = torch.ops.fused_clip_adam.update_.default
     policy_loss = torch.ops.fused_clip_adam.policy_loss.default

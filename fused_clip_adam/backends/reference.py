@@ -1,7 +1,14 @@
 """The reference backend: the executable specification, in plain torch, on any device and in float64 if asked."""
 
 from fused_clip_adam.backends.reference_objective import bound_sums, logits_backward, logits_forward, policy_loss
-from fused_clip_adam.backends.reference_step import grad_square_sums, place, prologue, tensor_table, update_
+from fused_clip_adam.backends.reference_step import (
+    grad_square_sums,
+    place,
+    prologue,
+    tensor_square_sums,
+    tensor_table,
+    update_,
+)
 
 __all__ = [
     "bound_sums",
@@ -11,6 +18,7 @@ __all__ = [
     "place",
     "policy_loss",
     "prologue",
+    "tensor_square_sums",
     "tensor_table",
     "update_",
 ]

@@ -4,7 +4,7 @@ The phases of a step, for one batch (tensors of one device and dtype in one para
 
     tensor_table     -> a batch's tensors, checked
     place            -> the tables of all batches where the kernels read them
-    grad_square_sums -> sums of squares of the raw gradients, float64
+    grad_square_sums -> sums of squares of the raw gradients, float64 (tensor_square_sums: by tensor)
     prologue         -> `control`: the scalars of every group, float64
     update_          -> parameters and moments, in place, batch by batch
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -76,15 +77,28 @@ def place(tables: list, group_scalars: Tensor, blocks: list[int], kept: Any, dev
     return Placed(tables, group_scalars)
 
 
+class Control(NamedTuple):
+    """What the prologue decides: float64 [groups, 9], the clip factors, float64 [tensors of all batches] or None."""
+
+    groups: Tensor
+    clip_factors: Tensor | None
+
+    def factors_of(self, placed: Placed, batch: int, rows: Callable[[Any], int]) -> Tensor | None:
+        """A batch's own clip factors; `rows`: how many tensors a table has."""
+        if self.clip_factors is None:
+            return None
+        first = sum(rows(table) for table in placed.tables[:batch])
+        return self.clip_factors[first : first + rows(placed.tables[batch])]
+
+
 def grad_square_sums(placed: Placed) -> Tensor:
-    """sum g^2 over raw gradients: float64 [batches], to be added up."""
-    sums = []
-    for table in placed.tables:
-        total = torch.zeros((), dtype=torch.float64, device=table.grads[0].device if table.grads else None)
-        for g in table.grads:
-            total += g.double().square().sum()
-        sums.append(total)
-    return torch.stack(sums)
+    """sum g^2 over raw gradients: float64 [tensors of all batches], to be added up."""
+    return torch.stack([g.double().square().sum() for table in placed.tables for g in table.grads])
+
+
+def tensor_square_sums(placed: Placed, square_sums: Tensor) -> Tensor:
+    """What `grad_square_sums` gave, by tensor: float64 [tensors of all batches]."""
+    return square_sums
 
 
 def prologue(
@@ -96,7 +110,8 @@ def prologue(
     grad_square_sum: Tensor,
     steps_skipped: Tensor,
     skip_nonfinite: bool,
-) -> Tensor:
+    clip_factors: Tensor | None,
+) -> Control:
     """All scalars of a step, on the device, without a host read.
 
     Args:
@@ -110,9 +125,10 @@ def prologue(
         grad_square_sum: float64 0-d. In: the previous step's sum (for lag). Out: this step's where `square_sums` is
             given, else 0 for the update pass to add to; unchanged where found_inf skips the step.
         steps_skipped: int64 0-d, counted up where the step is skipped.
+        clip_factors: float64 [tensors of all batches], from clip rules other than the global norm's, or None.
 
     Returns:
-        control: float64 [groups, 9]: skip, grad_factor, unscale, a, b, beta2, 1 - beta2, w1_a, w1_b.
+        control; its groups: skip, grad_factor, unscale, a, b, beta2, 1 - beta2, w1_a, w1_b.
     """
     group = placed.group_scalars.to(grad_square_sum.device)
     beta1, beta2, max_norm, lag, sign, brake_mode, strength, hold_v = group.unbind(1)[:8]
@@ -152,7 +168,7 @@ def prologue(
     one_minus_beta2 = torch.where(brake, (1 - beta2) * (1 - hold_v * c), 1 - beta2)
     beta2 = torch.where(brake, 1 - one_minus_beta2, beta2)
     columns = (skip.double(), sign * unscale * clip, unscale, a, b, beta2, one_minus_beta2, w1_a, 1 - w1_a)
-    return torch.stack([column.expand_as(beta1) for column in columns], dim=1)
+    return Control(torch.stack([column.expand_as(beta1) for column in columns], dim=1), clip_factors)
 
 
 def block_gate(m: Tensor, g: Tensor, block: int) -> Tensor:
@@ -197,7 +213,7 @@ def adam_element(p, g, m, v, v_max, *, S, a, b, beta2, one_minus_beta2, W1, W2, 
 
 def update_(
     placed: Placed,
-    control: Tensor,
+    control: Control,
     batch: int,
     coupled: bool,
     amsgrad: bool,
@@ -210,12 +226,13 @@ def update_(
     `grad_square_sum`, where given, receives the batch's sum of squares of unscaled gradients.
     """
     table = placed.tables[batch]
-    skip, S, unscale, a, b, beta2_used, one_minus_beta2, w1_a, w1_b = control[table.group].tolist()
+    skip, S, unscale, a, b, beta2_used, one_minus_beta2, w1_a, w1_b = control.groups[table.group].tolist()
     if skip:
         return
     beta1, beta2, _, _, _, _, _, _, lr, eps, weight_decay, _, max_update = placed.group_scalars[table.group].tolist()[
         :13
     ]
+    factors = control.factors_of(placed, batch, lambda table: len(table.params))
     for i, p in enumerate(table.params):
         step = table.steps[i]
         step += 1
@@ -233,7 +250,7 @@ def update_(
             p.to(dtype),
             table.grads[i].to(dtype),
             *(None if x is None else x.to(dtype) for x in state),
-            S=S,
+            S=S if factors is None else S * float(factors[i]),
             a=a,
             b=b,
             beta2=beta2_used,

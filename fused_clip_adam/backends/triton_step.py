@@ -18,7 +18,7 @@ from fused_clip_adam.backends import host_table, native
 from fused_clip_adam.backends.device_table import GROUP_SCALARS as _GROUP_WORDS
 from fused_clip_adam.backends.device_table import ROW as _ROW_WORDS
 from fused_clip_adam.backends.device_table import SCALARS as _SCALAR_WORDS
-from fused_clip_adam.backends.device_table import DeviceTables, Launch, place
+from fused_clip_adam.backends.device_table import DeviceTables, Launch, place, tensor_square_sums
 from fused_clip_adam.backends.reference_step import ALIGN_BLOCK as _ALIGN_BLOCK
 from fused_clip_adam.backends.reference_step import ALIGN_ELEMENT as _ALIGN_ELEMENT
 from fused_clip_adam.backends.reference_step import ATAN2 as _ATAN2
@@ -40,7 +40,16 @@ from fused_clip_adam.backends.triton_math import (
     unavailable,
 )
 
-__all__ = ["ON_DEVICE", "grad_square_sums", "place", "prologue", "tensor_table", "unavailable", "update_"]
+__all__ = [
+    "ON_DEVICE",
+    "grad_square_sums",
+    "place",
+    "prologue",
+    "tensor_square_sums",
+    "tensor_table",
+    "unavailable",
+    "update_",
+]
 
 ON_DEVICE = True
 """The kernels advance `step` and read a learning rate where they are: on the device."""
@@ -457,6 +466,7 @@ def clip_coefficient(norm, max_norm):
         "observed_ptr",
         "grad_square_sum_ptr",
         "steps_skipped_ptr",
+        "clip_factors_ptr",
     ]
 )
 def prologue_kernel(
@@ -471,6 +481,7 @@ def prologue_kernel(
     observed_ptr,  # [2]: suppressed and total mass, or None
     grad_square_sum_ptr,  # float64: in, the previous step's; out, this step's, or 0 where the update gathers it
     steps_skipped_ptr,  # int64
+    clip_factors_ptr,  # float64 [rows] or None
     SKIP_NONFINITE: tl.constexpr,
     ROWS: tl.constexpr,  # rows at a time
     SUMS: tl.constexpr,  # partial sums at a time
@@ -531,6 +542,8 @@ def prologue_kernel(
         clip = tl.where(lagged_norm != 0.0, lagged_clip, clip_coefficient(norm, max_norm))
         clip = tl.where(max_norm >= 0.0, clip, 1.0)
         grad_factor = sign * unscale * clip
+        if clip_factors_ptr is not None:
+            grad_factor *= tl.load(clip_factors_ptr + row, mask=mask, other=1.0)
 
         # MomentumBrake: a = beta1 (1 - strength c); b = 1 - a, or 1 - beta1 with W1 as plain Adam keeps it.
         brake = brake_mode != 0.0
@@ -789,6 +802,7 @@ def prologue(
     grad_square_sum: Tensor,
     steps_skipped: Tensor,
     skip_nonfinite: bool,
+    clip_factors: Tensor | None,
 ) -> None:
     """Phase 2, see reference_step.py. Steps and bias weights advance here; scalars go to `placed.scalars`."""
     launch_kernel(
@@ -806,6 +820,7 @@ def prologue(
         observed,
         grad_square_sum,
         steps_skipped,
+        clip_factors,
         SKIP_NONFINITE=skip_nonfinite,
         ROWS=_PROLOGUE_ROWS,
         SUMS=_PROLOGUE_SUMS,

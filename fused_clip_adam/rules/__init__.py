@@ -1,6 +1,6 @@
 """Rules: small frozen dataclasses that say what a step should do; a rule knows its scalars, not how a kernel runs."""
 
-from fused_clip_adam.rules.grad_clip import GlobalNorm, GradClip, as_grad_clip
+from fused_clip_adam.rules.grad_clip import AdaGC, AutoClip, GlobalNorm, GradClip, PerTensorNorm, ZClip, as_grad_clip
 from fused_clip_adam.rules.overshoot import (
     AlignedMomentum,
     Cautious,
@@ -15,7 +15,9 @@ from fused_clip_adam.rules.plain import from_plain, to_plain
 from fused_clip_adam.rules.reset import OnRollout, Reset, as_reset
 
 __all__ = [
+    "AdaGC",
     "AlignedMomentum",
+    "AutoClip",
     "Cautious",
     "GlobalNorm",
     "GradClip",
@@ -23,8 +25,10 @@ __all__ = [
     "MomentumBrake",
     "OnRollout",
     "Overshoot",
+    "PerTensorNorm",
     "Reset",
     "UpdateClamp",
+    "ZClip",
     "as_grad_clip",
     "as_overshoot",
     "as_reset",

@@ -27,13 +27,12 @@ def from_plain(key: str, value: dict[str, Any] | list[dict[str, Any]]) -> Any:
     Raises:
         ValueError: the name is no rule of this version for that key.
     """
-    from fused_clip_adam.rules.grad_clip import GlobalNorm
-    from fused_clip_adam.rules.overshoot import RULES
+    from fused_clip_adam.rules import grad_clip, overshoot
     from fused_clip_adam.rules.reset import OnRollout
 
     if isinstance(value, list):
         return tuple(from_plain(key, each) for each in value)
-    known = {"grad_clip": (GlobalNorm,), "overshoot": RULES, "reset": (OnRollout,)}[key]
+    known = {"grad_clip": grad_clip.RULES, "overshoot": overshoot.RULES, "reset": (OnRollout,)}[key]
     fields = dict(value)
     name = fields.pop("rule", None)
     for rule in known:
