@@ -33,7 +33,7 @@ venv: .venv/ready  ## create .venv and build the library
 
 # As many workers as cores, each with one thread: `make test WORKERS=0` runs the tests one after another.
 WORKERS ?= auto
-PYTEST = -m pytest -n $(WORKERS)
+PYTEST = -m pytest -n $(WORKERS) --dist loadgroup
 
 test: venv      ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)

@@ -168,6 +168,8 @@ def rules() -> dict[str, dict]:
         "align": {"overshoot": fca.AlignedMomentum()},
         "align element": {"overshoot": fca.AlignedMomentum(block="element")},
         "cautious": {"overshoot": fca.Cautious()},
+        "grams": {"overshoot": fca.Grams()},
+        "atan2": {"overshoot": fca.UpdateClamp(2.0, mode="atan2")},  # a first step is AdamW's: atan2(1, 1) = pi/4
         "brake": {"overshoot": fca.MomentumBrake()},
         "lagged clip": {"grad_clip": fca.GlobalNorm(1.0, lag=True)},
         "amsgrad": {"amsgrad": True},

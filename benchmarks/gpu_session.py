@@ -1,7 +1,7 @@
-"""`make gpu`: build in place -> tests, beside them compute-sanitizer -> benchmarks -> closing table, in ten minutes.
+"""`make gpu`: build in place -> tests and compute-sanitizer -> benchmarks -> closing table, in ten minutes.
 
 Every step has a limit that leaves the later ones their time; a step that runs into it is ended and counts as failed.
-Tests use all cores where pytest-xdist is installed; the benchmarks have the machine to themselves.
+Tests and sanitizers share the machine, on all cores where pytest-xdist is installed; the benchmarks have it alone.
 Needs the working tree, a Python with CUDA torch, Triton and pytest, and nvcc; nothing is installed or downloaded.
 """
 
@@ -25,6 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 TOTAL_S = 580.0
 GPU_TESTS = ("tests/test_gpu_backends.py", "tests/test_on_gpu.py")
+NOT_HERE = ("tests/test_cuda_compile.py", "tests/test_triton_compile.py")  # minutes, and they need no GPU: CI has them
 OK, FAILED, SKIPPED, CUT = "ok", "FAILED", "skipped", "CUT OFF"
 
 
@@ -84,10 +85,10 @@ def architecture() -> str:
 
 
 def workers() -> list[str]:
-    """Options of pytest that spread tests over the cores, where pytest-xdist is there; two cores stay for the rest."""
+    """Options of pytest that spread tests over half of the cores, where pytest-xdist is there: two runs go at a time."""
     if importlib.util.find_spec("xdist") is None:
         return []
-    return ["-n", str(max(len(os.sched_getaffinity(0)) - 2, 2))]
+    return ["-n", str(max(len(os.sched_getaffinity(0)) // 2, 1))]
 
 
 def steps(
@@ -98,7 +99,7 @@ def steps(
     pytest = [python, "-m", "pytest", "-q", "-o", "addopts=-ra -p no:cacheprovider -p no:benchmark --tb=short"]
     pytest += ["--continue-on-collection-errors", *([] if dry else workers())]
     gpu_tests = [path for path in GPU_TESTS if present(path)]
-    rest = ["tests/test_theory.py"] if dry else ["tests", *[f"--ignore={path}" for path in gpu_tests]]
+    rest = ["tests/test_theory.py"] if dry else ["tests", *[f"--ignore={path}" for path in (*gpu_tests, *NOT_HERE)]]
     bench = [python, "-m", "benchmarks.gpu", *(["--device", "cpu", "--quick", "step-one-tensor"] if dry else [])]
     build = {"FUSED_CLIP_ADAM_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": arch}
     quiet_setup = [python, "setup.py", "--quiet", "build_ext", "--inplace"]
@@ -133,7 +134,7 @@ def steps(
             )
             for tool in ("memcheck", "racecheck")
         ],
-        Step("tests", lambda s: [*pytest, *rest], 200, reserve_s=60, env=one_thread),
+        Step("tests", lambda s: [*pytest, *rest], 200, env=one_thread, beside=True),
         Step("benchmarks", lambda s: [*bench, "--budget-s", f"{max(s - 25, 20):.0f}"], 260, reserve_s=170),
         Step(
             "tables and figures",

@@ -44,7 +44,10 @@ def find_cuobjdump() -> str | None:
 
 
 NVCC = find_nvcc()
-pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc: pip install 'fused_clip_adam[gpu-checks]'")
+pytestmark = [
+    pytest.mark.skipif(NVCC is None, reason="no nvcc: pip install 'fused_clip_adam[gpu-checks]'"),
+    pytest.mark.xdist_group("cuda_compile"),  # one worker compiles for all
+]
 
 
 def nvcc_release() -> str:

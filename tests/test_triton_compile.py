@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
+pytestmark = pytest.mark.xdist_group("triton_compile")  # one worker compiles for all
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = Path(__file__).with_name("registers_triton.json")
