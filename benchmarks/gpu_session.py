@@ -85,7 +85,7 @@ def architecture() -> str:
 
 
 def workers() -> list[str]:
-    """Options of pytest that spread tests over half of the cores, where pytest-xdist is there: two runs go at a time."""
+    """Options of pytest that spread tests over half of the cores, where pytest-xdist is there: two runs at a time."""
     if importlib.util.find_spec("xdist") is None:
         return []
     return ["-n", str(max(len(os.sched_getaffinity(0)) // 2, 1))]
