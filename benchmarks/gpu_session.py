@@ -103,7 +103,7 @@ def steps(
     bench = [python, "-m", "benchmarks.gpu", *(["--device", "cpu", "--quick", "step-one-tensor"] if dry else [])]
     build = {"FUSED_CLIP_ADAM_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": arch}
     quiet_setup = [python, "setup.py", "--quiet", "build_ext", "--inplace"]
-    one_thread = {"OMP_NUM_THREADS": "1"}  # a worker: they are as many as cores
+    one_thread = {"OMP_NUM_THREADS": "1", "SAY_FAILURES": "1"}  # a worker: they are as many as cores
     small = ["--device", "cpu"] if dry else []
 
     def sanitized(tool: str, seconds: float) -> list[str]:
@@ -210,7 +210,7 @@ def _run_step(step: Step, limit_s: float, live: bool = True) -> Outcome:
     try:
         status = process.wait(timeout=limit_s)
     except subprocess.TimeoutExpired:
-        status = None
+        status, said = None, read.decode(errors="replace")  # what it says of being ended is no news
     except BaseException:  # an interrupt: what was started ends with us
         _end(process)
         raise
@@ -220,9 +220,9 @@ def _run_step(step: Step, limit_s: float, live: bool = True) -> Outcome:
     seconds, output = time.monotonic() - begin, read.decode(errors="replace")
     if not live:
         print(f"\n== {step.name}, its output\n{output}", flush=True)
-    last = _last_line(output)
     if status is None:
-        return Outcome(step.name, CUT, seconds, f"after {limit_s:.0f} s; last: {last}")
+        return Outcome(step.name, CUT, seconds, f"after {limit_s:.0f} s; last: {_last_line(said)}")
+    last = _last_line(output)
     if status != 0:
         return Outcome(step.name, FAILED, seconds, step.judge(output) or last or f"exit status {status}")
     wrong = step.judge(output)
@@ -230,7 +230,7 @@ def _run_step(step: Step, limit_s: float, live: bool = True) -> Outcome:
 
 
 def _end(process: subprocess.Popen) -> None:
-    for number in (signal.SIGTERM, signal.SIGKILL):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):  # pytest names what failed when interrupted
         try:
             os.killpg(process.pid, number)  # the group that `start_new_session` made
         except ProcessLookupError:

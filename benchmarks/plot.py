@@ -161,7 +161,8 @@ def readme_gpu_section(results: list[dict], figure: str | None) -> str:
         f"### {machine['gpu']}",
         "",
         f"Driver {machine['driver']}, CUDA {machine['cuda']}, torch {machine['torch']}, Triton {machine['triton']}, "
-        f"{machine['date']}; commit {', '.join(sorted({r['machine']['commit'] for r in results}))}. "
+        f"{machine['date']}; commit {', '.join(sorted({r['machine']['commit'] for r in results}))}, sources "
+        f"{', '.join(sorted({r['machine']['sources'] for r in results}))}. "
         f"`{compared[0]['baseline'] if compared else results[0]['baseline']}` in milliseconds on the device, its "
         "bytes/s of a copy's in the same run, and a peer's time over it, median of paired rounds (p20 to p80): above "
         f"1 ours is faster. The copy moved {copies[len(copies) // 2]:,.0f} GB/s, reads plus writes (median of cases).",

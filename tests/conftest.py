@@ -27,6 +27,23 @@ if not torch.cuda.is_available():
         os.environ["FUSED_CLIP_ADAM_CUDA_LIBRARY"] = str(cuda_on_cpu.build())
 
 
+class _SayFailuresAtOnce:
+    """Names a failed test when it fails: a run that is cut off has no summary (SAY_FAILURES=1, set by `make gpu`)."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            self.config.pluginmanager.get_plugin("terminalreporter").write_line(f"\nFAILED {report.nodeid}")
+
+
+def pytest_configure(config):
+    is_worker = hasattr(config, "workerinput")  # of pytest-xdist, which reports to the process that prints
+    if os.environ.get("SAY_FAILURES") == "1" and not is_worker:
+        config.pluginmanager.register(_SayFailuresAtOnce(config))
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

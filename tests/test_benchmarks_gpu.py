@@ -345,6 +345,7 @@ def made_up(name: str, *, ours_ms: float = 12.0, **changes) -> dict:
         "name": name,
         "machine": {
             "gpu": "NVIDIA Made-Up 80GB",
+            "sources": "fedcba987654",
             "driver": "580.1",
             "cuda": "13.0",
             "torch": "2.11.0+cu130",
@@ -402,7 +403,10 @@ def test_readme_with_a_gpu_result_shows_it_and_names_what_was_missed(tmp_path):
     assert [result["name"] for result in found] == ["step-one-tensor-clip", "step-one-tensor", "step-rules-cuda"]
     text = readme_with(folders)
     assert plot.NO_GPU not in text and text.count("### NVIDIA Made-Up 80GB") == 1
-    assert "commit 0123456789ab" in text and "Driver 580.1, CUDA 13.0, torch 2.11.0+cu130, Triton 3.6.0" in text
+    assert (
+        "commit 0123456789ab, sources fedcba987654" in text
+        and "Driver 580.1, CUDA 13.0, torch 2.11.0+cu130, Triton 3.6.0" in text
+    )
     rows = [
         line for line in text.splitlines() if line.startswith("| float32, one tensor, global-norm clip (tensors: 1,")
     ]

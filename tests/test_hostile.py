@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -270,6 +272,17 @@ def test_a_scaler_of_the_wrong_kind_changes_nothing(scale, found):
     with pytest.raises(RuntimeError, match="must"):
         opt.step()
     assert snapshot(opt) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("readelf") is None, reason="reads an ELF file by readelf")
+def test_library_shares_the_cpp_runtime_with_torch():
+    """A runtime of its own, as some compilers link it statically, throws what nobody catches: a refusal ends Python."""
+    path = pathlib.Path(fca.__file__).with_name("_C.abi3.so")
+    if not path.exists():
+        pytest.skip("another library is under test")
+    text = subprocess.run(["readelf", "-d", str(path)], capture_output=True, text=True, check=True).stdout
+    needed = [line.split("[")[1].rstrip("]") for line in text.splitlines() if "(NEEDED)" in line]
+    assert {"libstdc++.so.6", "libgcc_s.so.1"} <= set(needed), needed
 
 
 # ---------------------------------------------------------------- odd layouts: right in every element
