@@ -68,7 +68,8 @@ def draw(results: list[dict], path: Path) -> Path:
         left.barh(y, length, color=FASTER if middle >= 1 else SLOWER, height=0.7)
         if high <= LONGEST_BAR:
             left.plot([low, high], [y, y], color="black", linewidth=1)
-        left.text(max(length, min(high, LONGEST_BAR)) + 0.08, y, f"{middle:.2f}x", va="center", fontsize=8)
+        end = max(length, high) if high <= LONGEST_BAR else length
+        left.text(end + 0.08, y, f"{middle:.2f}x", va="center", fontsize=8)
     left.axvline(1, color="black", linewidth=0.8, linestyle=":")
     labelled = [(y, label) for y, (label, row) in enumerate(rows) if row is not None]
     left.set_yticks([y for y, _ in labelled], [label for _, label in labelled], fontsize=8)
@@ -84,11 +85,13 @@ def draw(results: list[dict], path: Path) -> Path:
         right.plot([spread["p20"], spread["p80"]], [y, y], color="black", linewidth=1)
         right.text(max(spread["p50"], spread["p80"]) + 0.02, y, f"{spread['p50']:.0%}", va="center", fontsize=8)
     right.set_yticks(
-        range(len(fractions)), [title.replace(" (tensors", "\n(tensors") for title, _ in fractions], fontsize=7
+        range(len(fractions)),
+        [",\n".join(title.split(" (tensors")[0].rsplit(", ", 1)) for title, _ in fractions],
+        fontsize=7,
     )
     right.axvline(1, color="black", linewidth=0.8, linestyle=":")
     right.set(xlim=(0, 1.25), ylim=(len(fractions) - 0.4, -0.6))
-    right.set_xlabel(f"bytes/s of ours over the {'copy' if on_gpu else 'stream'}'s")
+    right.set_xlabel(f"bytes/s of ours over\nthe {'copy' if on_gpu else 'stream'}'s")
 
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
