@@ -136,9 +136,9 @@ inline int64_t whole_groups(int64_t n) { return (n + kLanes - 1) / kLanes * kLan
 // D, valid and bad. A token counts as unreadable if any of its inputs, or D itself, is not finite. EXTRAS: there are
 // inputs beside logp, old_logp and A.
 template <typename T, bool EXTRAS>
-FCA_INLINE void classify_tile_body(Tokens<T>& t, int64_t n) {
+FCA_INLINE void classify_tile_body(Tokens<T>& t, const T* new_logp, const T* old_logp, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
-    const T logp = t.logp[i], A = t.A[i], d = logp - t.old_logp[i];
+    const T logp = new_logp[i], A = t.A[i], d = logp - old_logp[i];
     // x - x is 0 for a finite x, else NaN; logp is in d, which is finite only if it is.
     T zero = (d - d) + (A - A);
     if (EXTRAS) {
@@ -160,7 +160,8 @@ FCA_INLINE void classify_tile_body(Tokens<T>& t, int64_t n) {
     }
   }
 }
-FCA_LEAF((typename T, bool EXTRAS), (T, EXTRAS), void, classify_tile, (Tokens<T> & t, int64_t n), (t, n))
+FCA_LEAF((typename T, bool EXTRAS), (T, EXTRAS), void, classify_tile,
+         (Tokens<T> & t, const T* new_logp, const T* old_logp, int64_t n), (t, new_logp, old_logp, n))
 
 // What a unit sums, in lanes: token i of a tile goes to lane i % kLanes, and the lanes are folded once a unit. Counts
 // stay in the arithmetic type, in which a lane of a unit counts exactly.
@@ -418,7 +419,12 @@ class Reader {
       : in_(inputs), extras_(in_.weights.data || in_.aux.data || in_.ref_logp.data || in_.entropy.data) {}
 
   void read(Tokens<T>& t, int64_t row, int64_t col, int64_t n) const {
-    load(t, n, [&](const Matrix& m, T* tile) { read_tokens(m, row, col, n, tile); });
+    const auto matrix = [&](const Matrix& m, T* tile) { read_tokens(m, row, col, n, tile); };
+    const T* const new_logp = in_place(in_.logp, row, col, n);
+    const T* const old_logp = in_place(in_.old_logp, row, col, n);
+    if (new_logp == nullptr) matrix(in_.logp, t.logp);
+    if (old_logp == nullptr) matrix(in_.old_logp, t.old_logp);
+    load(t, n, matrix);
     if (in_.mask != nullptr) {
       const uint8_t* const mask = in_.mask + row * in_.mask_row + col * in_.mask_col;
       if (in_.mask_col == 1) {
@@ -427,22 +433,30 @@ class Reader {
         for (int64_t i = 0; i < n; ++i) t.mask[i] = mask[i * in_.mask_col];
       }
     }
-    classify(t, n);
+    classify(t, new_logp == nullptr ? t.logp : new_logp, old_logp == nullptr ? t.old_logp : old_logp, n);
   }
 
   // Tokens of a packed row by their columns; consecutive ones, as a sorted packing has, are read as such.
   void gather(Tokens<T>& t, const int64_t* cols, int64_t n) const {
     if (cols[n - 1] - cols[0] == n - 1) return read(t, 0, cols[0], n);
-    load(t, n, [&](const Matrix& m, T* tile) { gather_tokens(m, cols, n, tile); });
+    const auto matrix = [&](const Matrix& m, T* tile) { gather_tokens(m, cols, n, tile); };
+    matrix(in_.logp, t.logp);
+    matrix(in_.old_logp, t.old_logp);
+    load(t, n, matrix);
     for (int64_t i = 0; in_.mask && i < n; ++i) t.mask[i] = in_.mask[cols[i] * in_.mask_col];
-    classify(t, n);
+    classify(t, t.logp, t.old_logp, n);
   }
 
  private:
+  // Where a matrix is a tile already: in the arithmetic type, contiguous, and in whole groups. Else null.
+  static const T* in_place(const Matrix& m, int64_t row, int64_t col, int64_t n) {
+    const bool direct = m.dtype == (sizeof(T) == 8 ? DType::F64 : DType::F32) && m.col_stride == 1 && n % kLanes == 0;
+    return direct ? reinterpret_cast<const T*>(m.data) + row * m.row_stride + col : nullptr;
+  }
+
+  // All but the log-probabilities.
   template <typename Load>
   void load(Tokens<T>& t, int64_t n, Load matrix) const {
-    matrix(in_.logp, t.logp);
-    matrix(in_.old_logp, t.old_logp);
     matrix(in_.advantages, t.A);
     if (!extras_) return;
     optional(in_.weights, t.w, T(1), n, matrix);
@@ -460,11 +474,12 @@ class Reader {
     }
   }
 
-  void classify(Tokens<T>& t, int64_t n) const {
+  void classify(Tokens<T>& t, const T* new_logp, const T* old_logp, int64_t n) const {
     const int64_t padded = whole_groups(n);
     if (in_.mask == nullptr) std::fill_n(t.mask, n, uint8_t(1));
     std::fill_n(t.mask + n, padded - n, uint8_t(0));
-    extras_ ? classify_tile<T, true>(t, padded) : classify_tile<T, false>(t, padded);
+    extras_ ? classify_tile<T, true>(t, new_logp, old_logp, padded)
+            : classify_tile<T, false>(t, new_logp, old_logp, padded);
   }
 
   const Inputs& in_;

@@ -1,9 +1,9 @@
 // From logits to the log-probability and entropy of each token, and back: one block a row of V logits.
 //
-// Bytes per logit: forward one read, backward one read and one write: 2 + 4 in bfloat16. Operations: one 2^x and a
-// handful beside it, loads and stores included; csrc's share of the machine code is in benchmarks/README.md. An H200
-// reads 18 B a clock and multiprocessor, which leaves a forward pass 14 instructions a logit: a polynomial exp would be
-// the bottleneck, and so would an entropy that nobody reads.
+// Bytes per logit: forward one read, backward one read and one write: 2 + 4 in bfloat16. Operations: one 2^x and six
+// (eight with an entropy) others forward, fifteen and seventeen backward, loads and stores included. An H200 reads 18 B
+// a clock and multiprocessor, which leaves a forward pass 14 instructions a logit: a polynomial exp would be the
+// bottleneck, and an entropy that nobody reads was part of one.
 #include <limits>
 #include <optional>
 
