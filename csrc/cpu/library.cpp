@@ -29,8 +29,7 @@ STABLE_TORCH_LIBRARY(fused_clip_adam, m) {
       "Tensor(a!) grad_square_sum, Tensor(b!) steps_skipped, bool skip_nonfinite) -> Tensor");
   m.def(
       "update_(Tensor table, Tensor group_scalars, Tensor control, Tensor? clip_factors, bool coupled, bool amsgrad, "
-      "int overshoot, "
-      "int block, Tensor(a!)? grad_square_sum) -> ()");
+      "int overshoot, int block, Tensor(a!)? grad_square_sum) -> ()");
   m.def(
       "policy_loss(Tensor logp, Tensor old_logp, Tensor advantages, Tensor? mask, Tensor? weights, Tensor? aux, "
       "Tensor? ref_logp, Tensor? entropy, Tensor? sequence_ids, Tensor? sequence_order, Tensor? sequence_offsets, "

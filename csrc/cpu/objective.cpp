@@ -519,8 +519,8 @@ class Objective {
     partial_.assign(units_.size() * (kStats + 1), 0.0);
   }
 
-  // Returns the loss sum; `grad` and `grad_entropy` (may be null) receive the gradients times `factor`, `stats` the
-  // sums.
+  // Two units are work enough for a thread. Returns the loss sum; `grad` and `grad_entropy` (may be null) receive the
+  // gradients times `factor`, `stats` the sums.
   double run(double factor, T* grad, T* grad_entropy, double* stats) {
     with_rule(set_.rule, [&](auto rule) {
       constexpr Rule RULE = decltype(rule)::value;

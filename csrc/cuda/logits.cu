@@ -321,7 +321,7 @@ struct Backward {
   T inv_temperature, steepness;
 };
 
-// d = ([v == y] - p) g / temperature - h p (log p + H)) / temperature, without the token's own term
+// d = (([v == y] - p) g - h p (log p + H)) / temperature, without the token's own term
 template <typename T, bool ENTROPY>
 struct RowGradient {
   Exponent<T> exponent;

@@ -78,7 +78,7 @@ def place(tables: list, group_scalars: Tensor, blocks: list[int], kept: Any, dev
 
 
 class Control(NamedTuple):
-    """What the prologue decides: float64 [groups, 9], the clip factors, float64 [tensors of all batches] or None."""
+    """What the prologue decides. groups: float64 [groups, 9]. clip_factors: float64 [all tensors] or None."""
 
     groups: Tensor
     clip_factors: Tensor | None
