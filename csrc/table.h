@@ -24,6 +24,7 @@ struct Row {
   int64_t
       strided;  // 0: all C-contiguous, else the offset, from the table's word 0, of (ndim, sizes, strides of the slots)
   int64_t group;  // the parameter group: which row of group_scalars and control
+  int64_t unit;   // elements of an output row: of one index of the first dimension; all of them below two dimensions
 };
 static_assert(sizeof(Row) % sizeof(int64_t) == 0, "rows are int64");
 constexpr int64_t kRow = sizeof(Row) / sizeof(int64_t);

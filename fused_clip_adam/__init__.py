@@ -1,7 +1,8 @@
 """fused_clip_adam: PPO-ratio clipping, AdamW and overshoot corrections, fused into single passes over memory."""
 
-from fused_clip_adam import theory
+from fused_clip_adam import presets, theory
 from fused_clip_adam._version import __version__
+from fused_clip_adam.monitor import OvershootMonitor
 from fused_clip_adam.objectives import (
     AEPO,
     ASPO,
@@ -37,18 +38,26 @@ from fused_clip_adam.objectives import (
     rollout_weights,
     top_variance_groups,
 )
-from fused_clip_adam.optimizer import FusedClipAdam, FusedClipAdamW
+from fused_clip_adam.optimizer import FusedClipAdam, FusedClipAdamW, FusedFAdam
 from fused_clip_adam.rules import (
+    AGC,
     AdaGC,
     AlignedMomentum,
     AutoClip,
     Cautious,
     GlobalNorm,
     Grams,
+    InducedMetric,
+    MedianMomentum,
     MomentumBrake,
     OnRollout,
+    Periodic,
     PerTensorNorm,
+    SpikeClip,
+    StableSpamClip,
     UpdateClamp,
+    UpdateRMS,
+    WhenClipped,
     ZClip,
 )
 
@@ -86,19 +95,30 @@ __all__ = [
     "rollout_weights",
     "top_variance_groups",
     "Objective",
+    "OvershootMonitor",
     "FusedClipAdam",
     "FusedClipAdamW",
+    "FusedFAdam",
+    "AGC",
     "AdaGC",
     "AlignedMomentum",
     "AutoClip",
     "Cautious",
     "GlobalNorm",
     "Grams",
+    "InducedMetric",
+    "MedianMomentum",
     "MomentumBrake",
     "OnRollout",
+    "Periodic",
     "PerTensorNorm",
+    "SpikeClip",
+    "StableSpamClip",
     "UpdateClamp",
+    "UpdateRMS",
+    "WhenClipped",
     "ZClip",
     "__version__",
+    "presets",
     "theory",
 ]

@@ -4,12 +4,11 @@
 
     batches  ->  1 norm  ->  2 prologue (every scalar, on the device)  ->  3 update (one pass over memory)
 
-Clip rules that remember norms turn them into factors between 1 and 2, see rules/grad_clip.py.
+Rules that the prologue kernel does not know change the scalars between 2 and 3, see rules/rule.py.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -19,46 +18,58 @@ from torch import Tensor
 from torch.optim.adam import adam as torch_adam
 
 from fused_clip_adam import backends
+from fused_clip_adam.backends.scalars import GROUP_SIGNALS
 from fused_clip_adam.batches import Batch, attach_states, collect
+from fused_clip_adam.group_step import GroupStep, Layout, Part, StepFacts, layout, moved
 from fused_clip_adam.objectives.stats import ClipStats
 from fused_clip_adam.rules import (
     AlignedMomentum,
     AutoClip,
-    GradClip,
+    GlobalNorm,
     MomentumBrake,
     OnRollout,
+    Rule,
     UpdateClamp,
     as_grad_clip,
     as_overshoot,
     as_reset,
     from_plain,
+    grad_clip_rules,
     overshoot_rules,
     to_plain,
 )
+from fused_clip_adam.rules.overshoot import FisherUpdate
 from fused_clip_adam.rules.plain import KEYS as RULE_KEYS
 from fused_clip_adam.rules.plain import is_plain
 
 _AS_RULE = {"grad_clip": as_grad_clip, "overshoot": as_overshoot, "reset": as_reset}
+_FORM_KEYS = ("eps_before_correction", "decay_after_update")
+"""Group keys that some published methods need; only in groups where they are True."""
 _EXTRA_KEY = "fused_clip_adam"
 """Where state_dict() keeps what belongs to no parameter: an entry of the first param group, which torch ignores."""
 
 _EXTRAS_DOC = """
     Keyword Args:
-        grad_clip: None, a positive float (global L2 norm) or a `GradClip` rule. Gradients are scaled as they are
-            read; `.grad` is never written. What a rule remembers is in the state dict.
-        overshoot: None, "align", "align-element", "cautious", "grams", "brake", an `Overshoot` rule, or a tuple of
-            rules that shape different parts of an update, such as ("align", UpdateClamp(1.0)).
+        grad_clip: None, a positive float (global L2 norm), a `GradClip` rule, or a tuple of rules that shape different
+            parts of a step, such as (1.0, SpikeClip()). Gradients are scaled as they are read; `.grad` is never
+            written. What a rule remembers is in the state dict.
+        overshoot: None, "align", "align-element", "align-tensor", "cautious", "grams", "brake", an `Overshoot` rule, or
+            a tuple of rules that shape different parts of an update, such as ("align", UpdateClamp(1.0)).
         reset: None or a `Reset` rule.
+        eps_before_correction: adds eps before bias correction, sqrt(v) + eps, as some published methods do.
+        decay_after_update: decoupled weight decay multiplies the updated parameter instead of the old one.
         state_dtype: None keeps the moments in the parameter's dtype, as torch does; torch.float32 keeps them in
             float32.
         skip_nonfinite: True makes a step whose gradient norm is not finite change nothing.
         backend: "auto", "cpu" (native kernels), "cuda" (native kernels), "triton" or "reference" (plain torch
             operations, any device). "auto" takes the native kernels of the parameters' device, else Triton on a GPU.
 
-    `grad_clip`, `overshoot`, `reset` and the numbers may also be set per param group, and changed between steps.
+    `grad_clip`, `overshoot`, `reset`, the two forms and the numbers may also be set per param group, and changed
+    between steps.
 
     State, per parameter: `step`, `exp_avg`, `exp_avg_sq`, with amsgrad `max_exp_avg_sq`, as torch; `bias_weights`
-    (float64 [2], the running bias corrections) only under `MomentumBrake`.
+    (float64 [2], the running bias corrections) only under a rule that varies a beta (`MomentumBrake`,
+    `StableSpamClip(total_steps=...)`).
 
     Raises:
         ValueError, TypeError: a hyper-parameter or rule out of range, an unknown name, complex parameters.
@@ -96,22 +107,29 @@ class _FusedClip:
         state_dtype: torch.dtype | None = None,
         skip_nonfinite: bool = False,
         backend: str = "auto",
+        eps_before_correction: bool = False,
+        decay_after_update: bool = False,
     ) -> None:
         if state_dtype not in (None, torch.float32):
             raise ValueError(f"state_dtype must be None or torch.float32, got {state_dtype!r}")
         if not isinstance(skip_nonfinite, bool):
             raise TypeError(f"skip_nonfinite must be a bool, got {skip_nonfinite!r}")
+        forms = {"eps_before_correction": eps_before_correction, "decay_after_update": decay_after_update}
+        for name, value in forms.items():
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} must be a bool, got {value!r}")
         self.backend = backends.check_name(backend)
         self.state_dtype = state_dtype
         self.skip_nonfinite = skip_nonfinite
         rules = {"grad_clip": grad_clip, "overshoot": overshoot, "reset": reset}
         self._default_rules = {key: _AS_RULE[key](value) for key, value in rules.items() if value is not None}
+        self._default_forms = {name: True for name, value in forms.items() if value}
         self._grad_square_sum = torch.zeros((), dtype=torch.float64, device="cpu")
         self._steps_skipped = torch.zeros((), dtype=torch.int64, device="cpu")
         self._observed: Tensor | None = None
-        self._clip_memory: dict[int, dict[str, Any]] = {}  # of each group's clip rule: its name, steps, tensors
+        self._memory: dict[int, dict[str, Any]] = {}  # by group, and name of a rule: what it remembers
         self._kept: dict[torch.device, Any] = {}  # what `place` made for a device, for the next step
-        self._positions: dict[int, tuple[list[int], Tensor]] = {}
+        self._layouts: dict[tuple[torch.device, int], Layout] = {}
         super().__init__(
             params,
             lr=lr,
@@ -126,6 +144,7 @@ class _FusedClip:
             fused=fused,
         )
         self.defaults.update(self._default_rules)
+        self.defaults.update(self._default_forms)
 
     # ------------------------------------------------------------ the step
 
@@ -161,28 +180,35 @@ class _FusedClip:
             return
         self._check_capture()
         parts = self._parts(batches)
-        clips = [group.get("grad_clip") for group in self.param_groups]
-        needs_norm = self.skip_nonfinite or any(clip is not None and not clip.lag for clip in clips)
+        rules = self._acting_rules(parts)
+        all_rules = [rule for group in self.param_groups for rule in _rules_of(group)]
+        needs_norm = self.skip_nonfinite or any(rule.needs_norm for rule in all_rules)
+        needs_max = any(rule.needs_max for rule in all_rules)
         added: list[tuple[dict, Any]] = []
         try:
             # Everything is checked here; nothing has been changed yet.
             tables = [[self._table(batch, part, added) for batch in part.batches] for part in parts]
             for part, own_tables in zip(parts, tables):
-                part.place(own_tables, self._group_scalars(part), self.param_groups)
+                self._place(part, own_tables)
 
             # 1 norm: only where a rule needs this step's norm before the update; otherwise the update gathers it.
             square_sums: list[Tensor | None] = [None] * len(parts)
-            factors: list[Tensor | None] = [None] * len(parts)
             if needs_norm:
-                own_sums = [part.backend.grad_square_sums(part.placed) for part in parts]
-                square_sums = _everywhere(own_sums)
-                if not all(clip is None or clip.in_prologue for clip in clips):
-                    factors = self._clip_factors(parts, own_sums, square_sums[0])
+                for part in parts:
+                    if needs_max:
+                        part.find_maxima()
+                    else:
+                        part.square_sums = part.backend.grad_square_sums(part.placed)
+                square_sums = _everywhere([part.square_sums for part in parts])
+            facts = self._facts(parts, square_sums[0], rules)
+            steps = self._group_steps(facts, rules)
+            signals = self._signals(steps, rules)
 
             # 2 prologue
-            for part, sums, own_factors in zip(parts, square_sums, factors):
-                part.control = part.backend.prologue(
+            for part, sums in zip(parts, square_sums):
+                part.scalars = part.backend.prologue(
                     part.placed,
+                    None if signals is None else signals.to(part.device, non_blocking=True),
                     sums,
                     _as_tensor(getattr(self, "grad_scale", None), part.device),
                     _as_tensor(getattr(self, "found_inf", None), part.device),
@@ -190,47 +216,176 @@ class _FusedClip:
                     part.grad_square_sum,
                     part.steps_skipped,
                     self.skip_nonfinite,
-                    own_factors,
                 )
         except Exception:
             for owner, key in reversed(added):
                 del owner[key]
             raise
         self._observed = None
+        self._for_each(steps, rules, lambda rule, step: rule.apply(step))
 
         # 3 update
-        gathered = None if needs_norm else [part.gathered for part in parts]
-        for i, part in enumerate(parts):
-            for j, batch in enumerate(part.batches):
-                group = self.param_groups[batch.group]
-                part.backend.update_(
-                    part.placed,
-                    part.control,
-                    j,
-                    _is_coupled(group),
-                    group["amsgrad"],
-                    _kernel_code(group),
-                    _block(group),
-                    None if gathered is None else gathered[i],
-                )
-                # Raw writes do not tell autograd: a graph that saved an old parameter must notice.
-                torch.autograd.graph.increment_version(batch.params)
-        if gathered is not None and len(parts) > 1:
-            for part, sums in zip(parts, _everywhere([own.reshape(1) for own in gathered])):
+        for part in parts:
+            self._update(part, gather=not needs_norm)
+        if not needs_norm and len(parts) > 1:
+            for part, sums in zip(parts, _everywhere([part.gathered.reshape(1) for part in parts])):
                 part.grad_square_sum += sums.sum()
+        for index, step in steps.items():
+            step.informative = step.live & ~((self._grad_square_sum == 0) & self._lr_is_zero(index, step))
+        self._for_each(steps, rules, lambda rule, step: rule.after(step))
 
-    def _parts(self, batches: list[Batch]) -> list[_Part]:
+    def _update(self, part: Part, gather: bool) -> None:
+        """The update of every batch of a device. `gather`: also the norm of this step's gradients."""
+        firsts = part.firsts
+        if any(rule.needs_dots for batch in part.batches for rule in _rules_of(self.param_groups[batch.group])):
+            part.dots = part.backend.new_dots(part.placed, part.rows)
+        for at, batch in enumerate(part.batches):
+            group = self.param_groups[batch.group]
+            rules = _rules_of(group)
+            part.backend.update_(
+                part.placed,
+                part.scalars,
+                at,
+                firsts[at],
+                part.coupled[at],
+                group["amsgrad"],
+                sum(getattr(rule, "kernel_code", 0) for rule in rules),  # of all at most one has any
+                _block(group),
+                part.guarded[at],
+                part.unit_factors.get(at),
+                part.dots if any(rule.needs_dots for rule in rules) else None,
+                part.gathered if gather else None,
+            )
+            # Raw writes do not tell autograd: a graph that saved an old parameter must notice.
+            torch.autograd.graph.increment_version(batch.params)
+
+    # ------------------------------------------------------------ what the rules do in a step
+
+    def _acting_rules(self, parts: list[Part]) -> list[tuple[int, Rule]]:
+        """(group, rule) of every rule that has something to do, in the order in which it is done.
+
+        Raises:
+            RuntimeError: a rule per tensor, and parameters on several devices.
+        """
+        present = {batch.group for part in parts for batch in part.batches}
+        own = [(index, rule) for index in sorted(present) for rule in _rules_of(self.param_groups[index])]
+        for _, rule in own:
+            if rule.per_tensor and len(parts) > 1:
+                raise RuntimeError(f"{type(rule).__name__} is a rule per tensor and needs all parameters on one device")
+        return sorted((each for each in own if each[1].acts), key=lambda each: each[1].stage)
+
+    def _facts(self, parts: list[Part], square_sums: Tensor | None, rules: list[tuple[int, Rule]]) -> StepFacts:
+        """`square_sums`: of all devices, on the first."""
+        facts = StepFacts(parts)
+        if not rules:
+            return facts
+        device = parts[0].device
+        scale = _as_tensor(getattr(self, "grad_scale", None), device)
+        found_inf = _as_tensor(getattr(self, "found_inf", None), device)
+        if scale is not None:
+            facts.unscale = 1.0 / scale.double().reshape(()).abs()
+        if square_sums is not None:
+            facts.norm = square_sums.sum().sqrt() * facts.unscale
+            facts.usable = facts.norm.isfinite() & (facts.norm > 0)
+            if found_inf is not None:
+                facts.usable = facts.usable & (found_inf.reshape(()) == 0)
+        facts.suppressed = torch.zeros((), dtype=torch.float64, device=device)
+        if self._observed is not None:
+            suppressed, total = moved(self._observed, device).double().unbind()
+            facts.suppressed = (suppressed / total).nan_to_num(0.0, 1.0, 0.0)
+        return facts
+
+    def _group_steps(self, facts: StepFacts, rules: list[tuple[int, Rule]]) -> dict[int, GroupStep]:
+        def layout_of(part: Part, at: int) -> Layout:
+            key = (part.device, at)
+            self._layouts[key] = layout(part.batches[at], self._layouts.get(key))
+            return self._layouts[key]
+
+        steps = {
+            index: GroupStep(facts, index, self.param_groups[index], layout_of)
+            for index in dict.fromkeys(index for index, _ in rules)
+        }
+        for index, step in steps.items():
+            own = {type(rule).__name__: rule for rule in _rules_of(self.param_groups[index])}
+            kept = self._memory.setdefault(index, {})
+            for name in set(kept) - set(own):
+                del kept[name]
+            for name, rule in own.items():
+                self._remember(kept, name, rule, step.tensors, facts.parts[0].device)
+        return steps
+
+    def _for_each(self, steps: dict[int, GroupStep], rules: list[tuple[int, Rule]], call: Callable) -> None:
+        for index, rule in rules:
+            steps[index].memory = self._memory[index].get(type(rule).__name__, {}).get("tensors", {})
+            call(rule, steps[index])
+
+    def _signals(self, steps: dict[int, GroupStep], rules: list[tuple[int, Rule]]) -> Tensor | None:
+        """The prologue's `group_signals`: float64 [groups, 3] on the first device, None where no rule has any."""
+        columns: dict[tuple[int, str], Tensor] = {}
+
+        def collect_signals(rule: Rule, step: GroupStep) -> None:
+            columns.update({(step.index, name): value for name, value in rule.signals(step).items()})
+
+        self._for_each(steps, rules, collect_signals)
+        for index, step in steps.items():
+            forget = columns.get((index, "forget"))
+            step.reset = torch.zeros((), dtype=torch.bool, device=step.device) if forget is None else forget != 0
+        if not columns:
+            return None
+        device = next(iter(columns.values())).device
+        defaults = {"forget": 0.0, "restart": 0.0, "beta1_factor": 1.0}
+        constant = {name: torch.full((), value, dtype=torch.float64, device=device) for name, value in defaults.items()}
+        flat = [
+            columns.get((index, name), constant[name]).double()
+            for index in range(len(self.param_groups))
+            for name in GROUP_SIGNALS
+        ]
+        return torch.stack(flat).reshape(-1, len(GROUP_SIGNALS))
+
+    def _lr_is_zero(self, index: int, step: GroupStep) -> Tensor | bool:
+        lr = self.param_groups[index]["lr"]
+        if isinstance(lr, Tensor) and lr.device.type != "cpu":
+            return lr.detach().to(step.device, non_blocking=True).reshape(()) == 0
+        return float(lr) == 0.0
+
+    @staticmethod
+    def _remember(kept: dict[str, Any], name: str, rule: Rule, tensors: int, device: torch.device) -> None:
+        """Makes or moves what a rule remembers: new where the sizes of it have changed."""
+        wanted = rule.memory(tensors)
+        if not wanted:
+            return
+        grows = hasattr(rule, "grown")
+        own = kept.get(name, {}).get("tensors", {})
+        sizes = {key: tuple(own[key].shape) for key in own}
+        if any(
+            sizes.get(key) != shape and not (grows and shape and key in sizes) for key, (shape, _) in wanted.items()
+        ):
+            own = {
+                key: torch.full(shape, first, dtype=torch.float64, device=device)
+                for key, (shape, first) in wanted.items()
+            }
+            kept[name] = {"steps": 0, "tensors": own}
+        own = {key: moved(tensor, device) for key, tensor in own.items()}
+        if grows:
+            own = rule.grown(own, kept[name]["steps"])
+        kept[name] = {"steps": kept[name]["steps"] + 1, "tensors": own}
+
+    # ------------------------------------------------------------ devices, tables, states
+
+    def _parts(self, batches: list[Batch]) -> list[Part]:
         """The batches by device, each with the backend that runs there and what the device keeps between steps."""
-        parts: dict[torch.device, _Part] = {}
+        parts: dict[torch.device, Part] = {}
         for batch in batches:
             part = parts.get(batch.device)
             if part is None:
-                backend = backends.choose_step(self.backend, batch.device.type)
-                parts[batch.device] = part = _Part(batch.device, backend, self._kept)
+                parts[batch.device] = part = Part(batch.device, backends.choose_step(self.backend, batch.device.type))
             part.batches.append(batch)
+            group = self.param_groups[batch.group]
+            part.coupled.append(_is_coupled(group))
+            part.guarded.append(any(rule.guarded for rule in _rules_of(group)))
         first, *others = parts.values()
-        self._grad_square_sum = first.grad_square_sum = _moved(self._grad_square_sum, first.device)
-        self._steps_skipped = first.steps_skipped = _moved(self._steps_skipped, first.device)
+        self._grad_square_sum = first.grad_square_sum = moved(self._grad_square_sum, first.device)
+        self._steps_skipped = first.steps_skipped = moved(self._steps_skipped, first.device)
         first.gathered = first.grad_square_sum
         for part in others:  # they decide alike; the first device keeps the books
             part.grad_square_sum = self._grad_square_sum.to(part.device, copy=True)
@@ -240,89 +395,23 @@ class _FusedClip:
                 part.gathered = torch.zeros_like(part.grad_square_sum)
         return list(parts.values())
 
-    def _clip_factors(self, parts: list[_Part], own_sums: list[Tensor], all_sums: Tensor) -> list[Tensor]:
-        """By device, the factor of every tensor's gradient under the groups' clip rules: float64 [rows].
+    def _place(self, part: Part, tables: list) -> None:
+        groups = [self.param_groups[batch.group] for batch in part.batches]
+        blocks = [_block(group) for group in groups]
+        capturable = any(group["capturable"] for group in groups)
+        kept = self._kept.get(part.device)
+        part.placed = part.backend.place(tables, self._group_scalars(part), blocks, kept, part.device, capturable)
+        if part.on_device:  # the host's tables are made anew each step, and the reference's hold the gradients
+            self._kept[part.device] = part.placed
 
-        Args:
-            own_sums: by device, sums of squares of raw gradients. all_sums: of all devices, on the first.
-        """
-        first = parts[0]
-        scale = _as_tensor(getattr(self, "grad_scale", None), first.device)
-        found_inf = _as_tensor(getattr(self, "found_inf", None), first.device)
-        unscale = 1.0 if scale is None else 1.0 / scale.double().reshape(()).abs()
-        norm = all_sums.sum().sqrt() * unscale
-        usable = norm.isfinite() & (norm > 0)
-        if found_inf is not None:
-            usable = usable & (found_inf.reshape(()) == 0)
-
-        norms: list[list[Tensor]] = []  # by device and batch, of every tensor; only where a rule reads them
-        if any(_clip_of(self.param_groups, batch).per_tensor for part in parts for batch in part.batches):
-            if len(parts) > 1:
-                raise RuntimeError("a clip rule per tensor (PerTensorNorm, AdaGC) needs all parameters on one device")
-            sums = first.backend.tensor_square_sums(first.placed, own_sums[0]).sqrt() * unscale
-            norms = [list(sums.split([len(batch.params) for batch in first.batches]))]
-
-        by_group: dict[int, Tensor] = {}
-        for index, group in enumerate(self.param_groups):
-            clip = group.get("grad_clip")
-            if clip is None or clip.in_prologue:
-                continue
-            of_group = torch.full((len(group["params"]),), math.nan, dtype=torch.float64, device=first.device)
-            for at, (batch, own) in enumerate(zip(first.batches, norms[0] if norms else ())):
-                if batch.group == index:
-                    of_group.index_copy_(0, self._positions_of(batch, at), own)
-            memory = self._memory_of(index, clip, len(group["params"]), first.device)
-            by_group[index] = clip.factors(norm, of_group, memory, usable)
-        out = []
-        for part in parts:
-            rows = []
-            for at, batch in enumerate(part.batches):
-                own = by_group.get(batch.group)
-                if own is None:
-                    own = torch.ones((), dtype=torch.float64, device=part.device)
-                own = own.to(part.device, non_blocking=True)
-                of_tensors = own.index_select(0, self._positions_of(batch, at)) if own.dim() else None
-                rows.append(own.expand(len(batch.params)) if of_tensors is None else of_tensors)
-            out.append(torch.cat(rows))
-        return out
-
-    def _positions_of(self, batch: Batch, at: int) -> Tensor:
-        """Where in its group the tensors of the `at`-th batch are: int64, on the device, uploaded when it changes."""
-        kept = self._positions.get(at)
-        if kept is None or kept[0] != batch.positions or kept[1].device != batch.device:
-            tensor = _moved(torch.tensor(batch.positions, dtype=torch.int64, device="cpu"), batch.device)
-            self._positions[at] = kept = (batch.positions, tensor)
-        return kept[1]
-
-    def _memory_of(self, index: int, clip: GradClip, tensors: int, device: torch.device) -> dict[str, Tensor]:
-        """What a group's clip rule remembers, on the device; new where the rule or a size of it has changed."""
-        wanted = clip.memory(tensors)
-        kept = self._clip_memory.get(index, {})
-        own = kept.get("tensors", {})
-        grows = hasattr(clip, "grown")
-        sizes = {name: tuple(own[name].shape) for name in own}
-        if kept.get("rule") != type(clip).__name__ or any(
-            sizes.get(name) != shape and not (grows and len(shape)) for name, (shape, _) in wanted.items()
-        ):
-            own = {
-                name: torch.full(shape, first, dtype=torch.float64, device=device)
-                for name, (shape, first) in wanted.items()
-            }
-            kept = self._clip_memory[index] = {"rule": type(clip).__name__, "steps": 0, "tensors": own}
-        own = {name: _moved(tensor, device) for name, tensor in own.items()}
-        if grows:
-            own = clip.grown(own, kept["steps"])
-        kept["tensors"], kept["steps"] = own, kept["steps"] + 1
-        return own
-
-    def _table(self, batch: Batch, part: _Part, added: list[tuple[dict, Any]]) -> Any:
+    def _table(self, batch: Batch, part: Part, added: list[tuple[dict, Any]]) -> Any:
         """A batch's table, its states attached; notes in `added` what is new."""
         group = self.param_groups[batch.group]
         attach_states(
             batch,
             self.state,
             group["amsgrad"],
-            _find(group, MomentumBrake) is not None,
+            any(rule.weighs for rule in _rules_of(group)),
             part.on_device,
             lambda p: self._new_state(p, group, part.on_device),
             added,
@@ -375,17 +464,18 @@ class _FusedClip:
                         f"a CUDA graph is being captured, but param_groups[{index}] has capturable=False; construct "
                         f"{type(self).__name__} with capturable=True"
                     )
-                if isinstance(group.get("grad_clip"), AutoClip) and group["grad_clip"].history is None:
+                clip = _find(group, AutoClip)
+                if clip is not None and clip.history is None:
                     raise RuntimeError(
                         f"a CUDA graph is being captured, but the history of param_groups[{index}]'s AutoClip grows "
                         "with training; give it a length: AutoClip(history=1000)"
                     )
 
-    def _group_scalars(self, part: _Part) -> Tensor:
+    def _group_scalars(self, part: Part) -> Tensor:
         """The prologue's `group_scalars` (struct GroupScalars of csrc/update_math.h), on the host."""
         rows, addresses = [], []
         for group in self.param_groups:
-            clip, lr = group.get("grad_clip"), group["lr"]
+            lr, clip = group["lr"], _find(group, GlobalNorm)
             brake, clamp = _find(group, MomentumBrake), _find(group, UpdateClamp)
             beta1, beta2 = group["betas"]
             address = (0, 0)
@@ -398,7 +488,7 @@ class _FusedClip:
                 [
                     float(beta1),
                     float(beta2),
-                    clip.max_norm if clip is not None and clip.in_prologue else -1.0,
+                    clip.max_norm if clip else -1.0,
                     float(clip is not None and clip.lag),
                     -1.0 if group["maximize"] else 1.0,
                     float(brake.brake_code) if brake else 0.0,
@@ -408,6 +498,7 @@ class _FusedClip:
                     float(group["eps"]),
                     float(group["weight_decay"]),
                     float(_is_coupled(group)),
+                    *(float(bool(group.get(name))) for name in _FORM_KEYS),
                     clamp.max_update if clamp else math.inf,
                     0.0,
                     0.0,
@@ -479,18 +570,22 @@ class _FusedClip:
         """
         if not (moments or counters):
             raise ValueError("reset_momentum: at least one of moments and counters must be True")
-        for group in self.param_groups:
-            self._reset_group(group, moments, counters)
+        for index, group in enumerate(self.param_groups):
+            self._reset_group(index, group, moments, counters)
 
     @torch.no_grad()
     def new_rollout(self) -> None:
         """Marks the start of a new batch of rollouts: groups with an `OnRollout` rule reset as it says."""
-        for group in self.param_groups:
+        for index, group in enumerate(self.param_groups):
             rule = as_reset(group.get("reset"))
             if isinstance(rule, OnRollout):
-                self._reset_group(group, rule.moments, rule.counters)
+                self._reset_group(index, group, rule.moments, rule.counters)
 
-    def _reset_group(self, group: dict[str, Any], moments: bool, counters: bool) -> None:
+    def _reset_group(self, index: int, group: dict[str, Any], moments: bool, counters: bool) -> None:
+        if moments:  # for rules that wait some steps after a reset
+            for rule in self._memory.get(index, {}).values():
+                if "since" in rule["tensors"]:
+                    rule["tensors"]["since"].fill_(-1.0)
         names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if moments else ()
         names += ("step", "bias_weights") if counters else ()
         for p in group["params"]:
@@ -528,6 +623,8 @@ class _FusedClip:
                 raise TypeError(f"{type(self).__name__} does not support complex parameters, got {p.dtype}")
         param_group["params"] = params
         param_group.update({key: rule for key, rule in rules.items() if rule is not None})
+        for name, value in self._default_forms.items():
+            param_group.setdefault(name, value)
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
@@ -544,7 +641,7 @@ class _FusedClip:
                 "grad_square_sum": self._grad_square_sum.clone(),
                 "steps_skipped": self._steps_skipped.clone(),
                 "observed": None if self._observed is None else self._observed.clone(),
-                "clip_memory": _copied_memory(self._clip_memory),
+                "memory": _copied_memory(self._memory),
             }
         return out
 
@@ -566,7 +663,7 @@ class _FusedClip:
                 for g in final["param_groups"]
             ]
 
-        constructed = [{key: g[key] for key in RULE_KEYS if key in g} for g in self.param_groups]
+        constructed = [{key: g[key] for key in RULE_KEYS + _FORM_KEYS if key in g} for g in self.param_groups]
         hook = self.register_load_state_dict_pre_hook(parse)
         try:
             super().load_state_dict(state_dict)
@@ -575,7 +672,7 @@ class _FusedClip:
         extra = None
         for group, rules, before, ids in zip(self.param_groups, loaded["rules"], constructed, loaded["groups"]):
             extra = group.pop(_EXTRA_KEY, extra)
-            group.update({**before, **rules})
+            group.update({**before, **{key: group[key] for key in _FORM_KEYS if key in group}, **rules})
             for p, saved_id in zip(group["params"], ids):
                 saved = loaded["state"].get(saved_id, {})
                 own = self.state.get(p, {})
@@ -586,7 +683,7 @@ class _FusedClip:
             self._grad_square_sum = extra["grad_square_sum"].clone()
             self._steps_skipped = extra["steps_skipped"].clone()
             self._observed = None if extra["observed"] is None else extra["observed"].clone()
-            self._clip_memory = _copied_memory(extra.get("clip_memory", {}))
+            self._memory = _copied_memory(extra["memory"])
 
     def _copy_loaded(self, name: str, value: Tensor, saved: Any, p: Tensor) -> Tensor:
         # torch casts every floating state to the parameter's dtype; ours may be wider.
@@ -599,12 +696,12 @@ class _FusedClip:
         return value.clone()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._kept, self._positions = {}, {}  # addresses of this process
+        self._kept, self._layouts = {}, {}  # addresses of this process
         super().__setstate__(state)
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("backend", "state_dtype", "skip_nonfinite", "_default_rules", "_grad_square_sum", "_steps_skipped")
-        names += ("_observed", "_clip_memory")
+        names = ("backend", "state_dtype", "skip_nonfinite", "_default_rules", "_default_forms", "_grad_square_sum")
+        names += ("_steps_skipped", "_observed", "_memory")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
 
@@ -643,49 +740,97 @@ class FusedClipAdam(_FusedClip, torch.optim.Adam):
     )
 
 
-@dataclasses.dataclass
-class _Part:
-    """One device's share of a step."""
+class FusedFAdam(_FusedClip, torch.optim.AdamW):
+    """FAdam: Adam as natural gradient descent, with clipped natural gradient and natural weight decay, in fused passes.
 
-    device: torch.device
-    backend: Any
-    kept: dict[torch.device, Any]  # of all devices
-    batches: list[Batch] = dataclasses.field(default_factory=list)
-    grad_square_sum: Any = None
-    steps_skipped: Any = None
-    gathered: Any = None  # what the update pass adds its gradients' squares to
-    placed: Any = None
-    control: Any = None
-    held: list[Tensor] = dataclasses.field(default_factory=list)
+    f = b f + (1 - b) g^2,  b = beta2 (1 - beta2^(t-1)) / (1 - beta2^t)
+    base = sqrt(f) + eps max(1, rms g) ;  h = clipped(g / base) ;  m = beta1 m + (1 - beta1) h
+    p -= lr (m + weight_decay clipped(p / base)),  clipped(x) = x clip / max(1, rms x)
 
-    @property
-    def on_device(self) -> bool:
-        return getattr(self.backend, "ON_DEVICE", False)
+    rms is over each tensor. The order of operations is not AdamW's, so this is a class of its own; states keep torch's
+    names, `exp_avg` (m) and `exp_avg_sq` (f). Three passes, 44 bytes an element in float32: the sums over h and
+    p / base need the sum over g, and the update needs both.
 
-    def keep(self, tensor: Tensor) -> Tensor:
-        """The tensor itself, alive until the step's kernels have been launched."""
-        self.held.append(tensor)
-        return tensor
+    Args:
+        params, lr, betas, eps, maximize, capturable: as torch.optim.AdamW. weight_decay: at least 0.
+        clip: of the natural gradient and of the natural weight decay, in units of their rms; positive.
 
-    def place(self, tables: list, group_scalars: Tensor, param_groups: list[dict[str, Any]]) -> None:
-        groups = [param_groups[batch.group] for batch in self.batches]
-        blocks = [_block(group) for group in groups]
-        capturable = any(group["capturable"] for group in groups)
-        self.placed = self.backend.place(
-            tables, group_scalars, blocks, self.kept.get(self.device), self.device, capturable
+    Keyword Args:
+        grad_clip, reset, state_dtype, skip_nonfinite, backend: as `FusedClipAdamW`.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `FusedClipAdamW`.
+
+    Source: Hwang 2024 (arXiv 2405.12807) and its published code.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        clip: float = 1.0,
+        *,
+        maximize: bool = False,
+        capturable: bool = False,
+        grad_clip=None,
+        reset=None,
+        state_dtype: torch.dtype | None = None,
+        skip_nonfinite: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            maximize=maximize,
+            capturable=capturable,
+            grad_clip=grad_clip,
+            overshoot=FisherUpdate(clip),
+            reset=reset,
+            state_dtype=state_dtype,
+            skip_nonfinite=skip_nonfinite,
+            backend=backend,
         )
-        if self.on_device:  # the host's tables are made anew each step, and the reference's hold the gradients
-            self.kept[self.device] = self.placed
+
+    def _check_group(self, index: int, group: dict[str, Any]) -> None:
+        super()._check_group(index, group)
+        rules = _rules_of(group)
+        if not any(isinstance(rule, FisherUpdate) for rule in rules):
+            raise ValueError(f"param_groups[{index}]: FusedFAdam has an update of its own; overshoot cannot be changed")
+        for rule in rules:
+            if rule.guarded or rule.stage == 1 or rule.weighs:
+                raise ValueError(f"param_groups[{index}]: {rule} does not go with FusedFAdam's update")
+        if group["amsgrad"]:
+            raise ValueError(f"param_groups[{index}]: FusedFAdam has no amsgrad")
 
 
-def _clip_of(param_groups: list[dict[str, Any]], batch: Batch) -> GradClip:
-    return param_groups[batch.group].get("grad_clip") or GradClip()
+def _rules_of(group: dict[str, Any]) -> tuple[Rule, ...]:
+    """Every rule of a group: of clipping, of resets, of overshoot."""
+    reset = group.get("reset")
+    return (
+        *grad_clip_rules(group.get("grad_clip")),
+        *(() if reset is None else (reset,)),
+        *overshoot_rules(group.get("overshoot")),
+    )
+
+
+def _find(group: dict[str, Any], kind: type) -> Any:
+    """The group's rule of a kind, or None."""
+    return next((rule for rule in _rules_of(group) if isinstance(rule, kind)), None)
 
 
 def _copied_memory(memory: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
     return {
-        index: {**own, "tensors": {name: tensor.clone() for name, tensor in own["tensors"].items()}}
-        for index, own in memory.items()
+        index: {
+            name: {**own, "tensors": {key: tensor.clone() for key, tensor in own["tensors"].items()}}
+            for name, own in rules.items()
+        }
+        for index, rules in memory.items()
     }
 
 
@@ -694,19 +839,10 @@ def _is_coupled(group: dict[str, Any]) -> bool:
     return not group["decoupled_weight_decay"] and float(group["weight_decay"]) != 0.0
 
 
-def _find(group: dict[str, Any], kind: type) -> Any:
-    """The group's overshoot rule of a kind, or None."""
-    return next((rule for rule in overshoot_rules(group.get("overshoot")) if isinstance(rule, kind)), None)
-
-
-def _kernel_code(group: dict[str, Any]) -> int:
-    return sum(rule.kernel_code for rule in overshoot_rules(group.get("overshoot")))  # of all at most one has any
-
-
 def _block(group: dict[str, Any]) -> int:
     """Elements that share one gate; 1 where nothing is shared."""
     rule = _find(group, AlignedMomentum)
-    return 1 if rule is None or rule.block == "element" else rule.block
+    return rule.block if rule is not None and isinstance(rule.block, int) else 1
 
 
 def _everywhere(parts: list[Tensor]) -> list[Tensor]:
@@ -719,12 +855,5 @@ def _everywhere(parts: list[Tensor]) -> list[Tensor]:
 
 def _as_tensor(value: Any, device: torch.device) -> Tensor | None:
     if value is None or isinstance(value, Tensor):
-        return None if value is None else _moved(value.detach(), device)
+        return None if value is None else moved(value.detach(), device)
     return torch.full((), float(value), dtype=torch.float64, device=device)
-
-
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device, without waiting for the copy."""
-    if tensor.device.type == "cpu" and device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)

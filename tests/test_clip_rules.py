@@ -5,17 +5,21 @@ from __future__ import annotations
 import copy
 import io
 import math
+import pickle
+import types
 
+import by_hand as hand
 import numpy as np
 import pytest
 import torch
-from cases import gpu_targets, tolerance
+from by_hand import EVERYWHERE, TARGETS
+from cases import tolerance
 from no_sync import NoSync
 
 import fused_clip_adam as fca
-from fused_clip_adam.backends import native
+from fused_clip_adam import backends
+from fused_clip_adam.backends import scalars
 
-TARGETS = [("reference", "cpu"), *([] if native.unavailable() else [("cpu", "cpu")]), *gpu_targets().items()]
 SHAPES = ((40,), (7, 5), ())
 STEPS = 12
 
@@ -150,29 +154,149 @@ def test_spike_of_one_tensor_is_that_tensors(backend, device):
     assert factors[1] < 0.1 and min(factors[0], factors[2]) > 0.3, factors
 
 
+# ---------------------------------------------------------------- rules that see more than norms, by hand
+
+
+SPIKE = fca.SpikeClip(theta=3.0, start=2)
+
+
+def stable(total_steps: int | None = None, **changed: float) -> tuple:
+    own = {"gamma1": 0.7, "gamma2": 0.9, "theta": 0.999, "eps": 1e-8, **changed}
+    return (*own.values(), total_steps, False)
+
+
+SPECIFIED = {  # grad_clip, more keywords of the optimizer, and of hand.ByHand
+    "AGC": (fca.AGC(), {}, dict(agc=(0.01, 1e-3))),
+    "AGC of tiny rows": (fca.AGC(0.2, eps=30.0), {}, dict(agc=(0.2, 30.0))),
+    "AGC, maximize": (fca.AGC(0.05), dict(maximize=True), dict(agc=(0.05, 1e-3), maximize=True)),
+    "spikes": (SPIKE, {}, dict(spike=(3.0, 2, False))),
+    "spikes, from the first step": (fca.SpikeClip(theta=1.0, start=0), {}, dict(spike=(1.0, 0, False))),
+    "spikes, frozen": (fca.SpikeClip(theta=3.0, start=2, freeze_zero=True), {}, dict(spike=(3.0, 2, True))),
+    "AdaClip and AdaGN": (fca.StableSpamClip(), {}, dict(stable=stable())),
+    "AdaClip and AdaGN over 20 steps": (fca.StableSpamClip(total_steps=20), {}, dict(stable=stable(20))),
+    "AdaClip and AdaGN, other numbers": (
+        fca.StableSpamClip(gamma1=0.5, gamma2=0.8, theta=0.6, eps=1e-2),
+        {},
+        dict(stable=stable(gamma1=0.5, gamma2=0.8, theta=0.6, eps=1e-2)),
+    ),
+    "StableAdamW": (fca.UpdateRMS(), {}, dict(update_rms=True)),
+    "StableAdamW, its eps": (fca.UpdateRMS(), dict(eps=0.5), dict(update_rms=True, eps=0.5)),
+    "StableAdamW, late decay": (
+        fca.UpdateRMS(),
+        dict(decay_after_update=True),
+        dict(update_rms=True, decay_after_update=True),
+    ),
+    "induced metric": (fca.InducedMetric(), {}, dict(metric=(0.1, 0.1))),
+    "induced metric, slow": (fca.InducedMetric(xi=0.01, beta=0.9), dict(eps=0.1), dict(metric=(0.01, 0.9), eps=0.1)),
+    "norm, spikes": ((1.0, SPIKE), {}, dict(max_norm=1.0, spike=(3.0, 2, False))),
+    "norm, StableAdamW": ((1.0, fca.UpdateRMS()), {}, dict(max_norm=1.0, update_rms=True)),
+    "norm, spikes, StableAdamW": (
+        (1.0, SPIKE, fca.UpdateRMS()),
+        {},
+        dict(max_norm=1.0, spike=(3.0, 2, False), update_rms=True),
+    ),
+    "spikes, induced metric": ((SPIKE, fca.InducedMetric()), {}, dict(spike=(3.0, 2, False), metric=(0.1, 0.1))),
+    "AGC, spikes": ((fca.AGC(0.05), SPIKE), {}, dict(agc=(0.05, 1e-3), spike=(3.0, 2, False))),
+    "AGC, StableAdamW": ((fca.AGC(0.05), fca.UpdateRMS()), {}, dict(agc=(0.05, 1e-3), update_rms=True)),
+    "AGC, induced metric": ((fca.InducedMetric(), fca.AGC(0.05)), {}, dict(agc=(0.05, 1e-3), metric=(0.1, 0.1))),
+    "AdaClip and AdaGN, StableAdamW": (
+        (fca.StableSpamClip(), fca.UpdateRMS()),
+        {},
+        dict(stable=stable(), update_rms=True),
+    ),
+    "AdaClip and AdaGN, spikes": ((fca.StableSpamClip(), SPIKE), {}, dict(stable=stable(), spike=(3.0, 2, False))),
+}
+
+
+@pytest.mark.parametrize("backend, device, dtype", EVERYWHERE)
+@pytest.mark.parametrize("name", SPECIFIED)
+def test_rule_is_the_specifications(backend, device, dtype, name):
+    clip, options, by_hand = SPECIFIED[name]
+    hand.compare(backend, device, dtype, dict(grad_clip=clip, **options), by_hand)
+
+
+@pytest.mark.parametrize("backend, device", TARGETS)
+@pytest.mark.parametrize("name", [name for name in SPECIFIED if "," not in name])
+def test_parameters_wait_for_their_gradients(backend, device, name):
+    """What is remembered of one, its count included, is as it was."""
+    clip, options, by_hand = SPECIFIED[name]
+    hand.compare(backend, device, torch.float64, dict(grad_clip=clip, **options), by_hand, missing=True)
+
+
+@pytest.mark.parametrize("backend, device", TARGETS)
+def test_rows_that_start_at_zero_can_move(backend, device):
+    """AGC: |w| counts as eps. Row 1's gradient is small enough as it is; row 2 is zero, row 3 is tiny."""
+    p = torch.zeros(4, 2, dtype=torch.float64, device=device).requires_grad_()
+    opt = fca.FusedClipAdamW([p], lr=0.0, grad_clip=fca.AGC(0.5, eps=0.2), backend=backend)
+    hand.give([p], [torch.tensor([[3.0, 4.0], [0.03, 0.04], [0.0, 0.0], [1e-9, 0.0]], dtype=torch.float64)])
+    opt.step()
+    expected = torch.tensor([[0.06, 0.08], [0.03, 0.04], [0.0, 0.0], [1e-9, 0.0]], dtype=torch.float64)
+    assert torch.allclose(opt.state[p]["exp_avg"].cpu(), 0.1 * expected, rtol=1e-14, atol=0)
+
+
 # ---------------------------------------------------------------- what must not be remembered
 
 
-def memory(opt) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in opt._clip_memory[0]["tensors"].items()}
+def memory(opt) -> dict[tuple[str, str], torch.Tensor]:
+    """What the rules of the first group remember."""
+    return {
+        (name, key): tensor.clone() for name, own in opt._memory[0].items() for key, tensor in own["tensors"].items()
+    }
 
 
-REMEMBERING = [name for name, rule in RULES.items() if rule.memory(1)]
+def equal(x: dict, y: dict) -> bool:
+    return x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x)
+
+
+MORE = {  # of all kinds: keywords of the optimizer
+    "spikes": dict(grad_clip=SPIKE),
+    "AdaClip and AdaGN": dict(grad_clip=fca.StableSpamClip(total_steps=20)),
+    "induced metric": dict(grad_clip=fca.InducedMetric()),
+    "lagged gate": dict(overshoot=fca.AlignedMomentum(block="tensor", lag=True)),
+    "periodic": dict(reset=fca.Periodic(every=3, warmup=2)),
+    "SPAM": fca.presets.spam(3, 2),
+    "many": dict(
+        grad_clip=(fca.StableSpamClip(shared_counter=True), SPIKE, fca.InducedMetric()),
+        overshoot=fca.AlignedMomentum(block="tensor", lag=True),
+        reset=fca.Periodic(every=3, warmup=0, late=True),
+    ),
+}
+FORGETFUL = {
+    "AGC": dict(grad_clip=fca.AGC(0.05)),
+    "StableAdamW": dict(grad_clip=fca.UpdateRMS()),
+    "C-AdamW, rescaled": dict(overshoot=fca.Cautious(rescale=True)),
+    "align tensor": dict(overshoot="align-tensor"),
+    "median momentum": dict(overshoot=fca.MedianMomentum(0.03)),
+    "when clipped": dict(reset=fca.WhenClipped(0.5)),
+}
+REMEMBERING = {**{name: dict(grad_clip=rule) for name, rule in RULES.items() if rule.memory(1)}, **MORE}
+EVERY = {**{name: dict(grad_clip=rule) for name, rule in RULES.items()}, **MORE, **FORGETFUL}
+
+
+def make_with(backend: str, device: str, options: dict, **more):
+    return make(backend, device, options.get("grad_clip"),
+                **{k: v for k, v in options.items() if k != "grad_clip"}, **more)  # fmt: skip
 
 
 @pytest.mark.parametrize("backend, device", TARGETS)
 @pytest.mark.parametrize("name", REMEMBERING)
 @pytest.mark.parametrize("why", ("zero gradients and lr 0", "not finite", "found_inf"))
-@pytest.mark.parametrize("after", (2, 9))
+@pytest.mark.parametrize("after", (0, 2, 9))
 def test_step_without_information_changes_no_statistics(backend, device, name, why, after):
     """torch.distributed.checkpoint creates states by a step with zero gradients and lr = 0."""
-    opt, params = make(backend, device, RULES[name], skip_nonfinite=True)
-    twin, own = make(backend, device, RULES[name], skip_nonfinite=True)
+    options = REMEMBERING[name]
+    opt, params = make_with(backend, device, options, skip_nonfinite=True)
+    twin, own = make_with(backend, device, options, skip_nonfinite=True)
     grads = make_grads()
     for now in grads[:after]:
         step(opt, params, now)
         step(twin, own, now)
-    before, lr = memory(opt), opt.param_groups[0]["lr"]
+    # The first step makes the memory.
+    rules = [r for key in ("grad_clip", "reset", "overshoot") for r in (options.get(key),) if r is not None]
+    rules = [r for each in rules for r in (each if isinstance(each, tuple) else (each,))]
+    fresh = {(type(rule).__name__, key): torch.full(shape, first, dtype=torch.float64, device=device)
+             for rule in rules for key, (shape, first) in rule.memory(len(SHAPES)).items()}  # fmt: skip
+    before, lr = memory(opt) if after else fresh, opt.param_groups[0]["lr"]
     if why == "found_inf":
         opt.found_inf = torch.ones((), device=device)
         step(opt, params, grads[after])
@@ -181,63 +305,125 @@ def test_step_without_information_changes_no_statistics(backend, device, name, w
         opt.param_groups[0]["lr"] = 0.0
         step(opt, params, [g * (math.nan if why == "not finite" else 0.0) for g in grads[after]])
         opt.param_groups[0]["lr"] = lr
-    now = memory(opt)
-    assert all(torch.equal(now[key], before[key]) for key in before)
+    assert equal(memory(opt), before)
     step(opt, params, grads[after])
     step(twin, own, grads[after])
-    now, then = memory(opt), memory(twin)
-    assert all(torch.equal(now[key], then[key]) for key in now)
+    if why != "zero gradients and lr 0":  # which fades the moments, and what the rules make of them
+        assert all(map(torch.equal, params, own)) and all(map(torch.equal, moments(opt, params), moments(twin, own)))
+        assert equal(memory(opt), memory(twin))
+    elif not {"induced metric", "many"} & {name}:
+        assert equal(memory(opt), memory(twin))
+    assert not equal(memory(opt), before) or name == "lagged gate"  # whose gate may stay as it is
 
 
-@pytest.mark.parametrize("name", RULES)
-def test_rules_never_read_the_device(name):
-    rule = RULES[name]
-    own = {key: torch.full(shape, first, dtype=torch.float64) for key, (shape, first) in rule.memory(3).items()}
-    norms = torch.rand(3, dtype=torch.float64)
+@pytest.mark.parametrize("backend, device", TARGETS)
+def test_checkpoint_step_leaves_what_a_fresh_optimizer_has(backend, device):
+    """All that torch.distributed.checkpoint's first step may leave is zero moments, and a count that it overwrites."""
+    opt, params = make_with(backend, device, MORE["many"])
+    opt.param_groups[0]["lr"] = 0.0
+    before = [p.detach().clone() for p in params]
+    step(opt, params, [torch.zeros(s, dtype=torch.float64) for s in SHAPES])
+    assert all(map(torch.equal, params, before)) and not any(bool(m.any()) for m in moments(opt, params))
+
+
+# ---------------------------------------------------------------- no host read
+
+
+class NoHost(types.ModuleType):
+    """A backend whose numbers lie on a device: nothing in it, or around it, may read one."""
+
+    ON_DEVICE = True
+
+    def tensor_table(self, params, *rest):
+        return params
+
+    def place(self, tables, group_scalars, blocks, kept, device, capturable):
+        return tables
+
+    def grad_square_sums(self, tables):
+        return torch.rand(sum(map(len, tables)), dtype=torch.float64)
+
+    def prologue(self, tables, group_signals, *rest):
+        return torch.rand(sum(map(len, tables)), scalars.WIDTH, dtype=torch.float64)
+
+    def by_tensor(self, tables, sums):
+        return sums
+
+    def new_dots(self, tables, rows):
+        return torch.rand(rows, dtype=torch.float64)
+
+    def reduce(self, tables, values, batch, first, kind, *options):
+        return torch.rand(len(tables[batch]), 2, dtype=torch.float64)
+
+    def unit_sums(self, tables, batch):
+        rows = sum(p.shape[0] if p.dim() > 1 else 1 for p in tables[batch])
+        return torch.rand(rows, 2, dtype=torch.float64)
+
+    def update_(self, tables, values, *rest):
+        self.updated = values
+
+
+@pytest.mark.parametrize("name", (*EVERY, "FAdam"))
+def test_step_never_reads_the_device(name, monkeypatch):
+    backend = NoHost("no_host")
+    monkeypatch.setattr(backends, "choose_step", lambda *_: backend)
+    params = [torch.zeros(s, dtype=d).requires_grad_() for s in SHAPES for d in (torch.float64, torch.float32)]
+    made = fca.FusedFAdam(params) if name == "FAdam" else fca.FusedClipAdamW(params, skip_nonfinite=True, **EVERY[name])
+    made.observe(hand.observed(0.5, "cpu"))
+    made.grad_scale, made.found_inf = torch.full((), 4.0), torch.zeros(())
     with NoSync():
-        for _ in range(8):
-            rule.factors(norms.norm(), norms, own, torch.ones((), dtype=torch.bool))
+        for at in range(6):
+            for i, p in enumerate(params):
+                p.grad = None if (at + i) % 4 == 3 else torch.ones_like(p)
+            made.step()
+    assert not bool(backend.updated.isnan().any())
+    with pytest.raises(AssertionError, match="host wait"), NoSync():
+        float(backend.updated[0, 0])
 
 
 # ---------------------------------------------------------------- state, scaling, groups
 
 
 @pytest.mark.parametrize("backend, device", TARGETS)
-@pytest.mark.parametrize("name", REMEMBERING)
+@pytest.mark.parametrize("name", (*REMEMBERING, "C-AdamW, rescaled"))
 @pytest.mark.parametrize("cut", (3, 8))
 def test_resuming_is_going_on(backend, device, name, cut):
     grads = make_grads()
-    opt, params = make(backend, device, RULES[name])
+    opt, params = make_with(backend, device, EVERY[name])
     for now in grads[:cut]:
         step(opt, params, now)
     file = io.BytesIO()
     torch.save(opt.state_dict(), file)
     file.seek(0)
-    other, own = make(backend, device, RULES[name])
+    other, own = make(backend, device, None)  # the rules come with the state
     with torch.no_grad():
         for p, q in zip(own, params):
             p.copy_(q)
     other.load_state_dict(torch.load(file, weights_only=True))
-    twin = copy.deepcopy(opt)
+    twins = [other, copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))]
     for now in grads[cut:]:
-        for o in (opt, other, twin):
+        for o in (opt, *twins):
             step(o, o.param_groups[0]["params"], now)
-    for p, q, r in zip(params, own, twin.param_groups[0]["params"]):
-        assert torch.equal(p, q) and torch.equal(p, r)
-    assert all(torch.equal(memory(opt)[key], memory(other)[key]) for key in memory(opt))
+    for twin in twins:
+        assert twin.param_groups[0]["params"][0] is not params[0]
+        assert all(map(torch.equal, params, twin.param_groups[0]["params"]))
+        assert equal(memory(opt), memory(twin))
     torch.optim.AdamW(own, lr=0.01).load_state_dict(opt.state_dict())  # torch ignores what it does not know
 
 
 @pytest.mark.parametrize("backend, device", TARGETS)
-@pytest.mark.parametrize("name", RULES)
-def test_norms_are_of_unscaled_gradients(backend, device, name):
-    opt, params = make(backend, device, RULES[name])
-    scaled, own = make(backend, device, RULES[name])
-    for now in make_grads():
+@pytest.mark.parametrize("name", EVERY)
+def test_rules_see_unscaled_gradients(backend, device, name):
+    opt, params = make_with(backend, device, EVERY[name])
+    scaled, own = make_with(backend, device, EVERY[name])
+    for at, now in enumerate(make_grads()):
+        for o in (opt, scaled):
+            o.observe(hand.observed(hand.suppressed(at), device))
         step(opt, params, now)
-        scaled.grad_scale = torch.full((), 2.0**10, dtype=torch.float32, device=device)
-        step(scaled, own, [g * 2.0**10 for g in now])
-    for x, y in zip(moments(scaled, own), moments(opt, params)):
+        power = 2.0 ** (10 - 3 * at)
+        scaled.grad_scale = torch.full((), power, dtype=torch.float32, device=device)
+        step(scaled, own, [g * power for g in now])
+    for x, y in zip((*moments(scaled, own), *own), (*moments(opt, params), *params)):
         assert torch.allclose(x, y, rtol=1e-12, atol=0)
 
 
@@ -273,7 +459,7 @@ def test_long_history_grows_without_forgetting():
         grads = [torch.full(s, 1.0 + (at * 37 % 101), dtype=torch.float64) for s in SHAPES]
         seen.append(norms_of(grads)[0])
         step(opt, params, grads)
-    kept = memory(opt)
+    kept = {key: tensor for (_, key), tensor in memory(opt).items()}
     assert kept["norms"].numel() == 1024 and float(kept["count"]) == 600
     assert kept["norms"][:600].tolist() == pytest.approx(seen, rel=1e-14)
 
@@ -284,7 +470,7 @@ def test_another_rule_starts_anew():
         step(opt, params, now)
     opt.param_groups[0]["grad_clip"] = fca.AutoClip(history=3)
     step(opt, params, make_grads()[4])
-    assert float(memory(opt)["count"]) == 1
+    assert float(memory(opt)["AutoClip", "count"]) == 1
     opt.param_groups[0]["grad_clip"] = 1.0
     step(opt, params, make_grads()[5])
     assert float(opt.grad_norm) == pytest.approx(norms_of(make_grads()[5])[0], rel=1e-6)

@@ -140,8 +140,9 @@ def test_offsets_past_2_to_the_32(transposed, overshoot):
     for work in (placed, small_placed):
         sums = cuda.grad_square_sums(work)
         total, skipped = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
-        cuda.prologue(work, sums, None, None, None, total, skipped, False, None)
-        cuda.update_(work, None, 0, False, False, rule.kernel_code if rule else 0, block, None)
+        values_of = cuda.prologue(work, None, sums, None, None, None, total, skipped, False)
+        code = rule.kernel_code if rule else 0
+        cuda.update_(work, values_of, 0, 0, False, False, code, block, False, None, None, None)
         out.append(total)
     assert float(out[0]) == pytest.approx(float(out[1]), rel=1e-14) and float(out[0]) > 0
     for x, value in zip(tensors, small):

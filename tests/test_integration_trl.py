@@ -14,7 +14,8 @@ from datasets import Dataset  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
 import fused_clip_adam as fca  # noqa: E402
-from fused_clip_adam.integrations.trl import FusedGRPOTrainer, overshoot  # noqa: E402
+from fused_clip_adam.integrations.trl import FusedGRPOTrainer, OvershootCallback, overshoot  # noqa: E402
+from fused_clip_adam.monitor import OvershootMonitor  # noqa: E402
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), os.pardir, "examples"))
 import grpo_task  # noqa: E402
@@ -248,3 +249,65 @@ def test_trained_weights_match_trl_with_adamw(tmp_path):
         assert mine.get("reward") == reference.get("reward"), "same seed, same rollouts"
         assert mine["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-4)
         assert mine["grad_norm"] > 0.05, "the clip must act"
+
+
+@pytest.mark.parametrize("objective", [None, fca.SAPO()])
+def test_overshoot_callback(tmp_path, objective):
+    pytest.importorskip("matplotlib")
+    trainer = make_trainer(
+        tmp_path,
+        optimizer=lambda ps: fca.FusedClipAdamW(ps, lr=0.03),  # so hot that the third step is past the clip
+        loss_type="dapo",
+        objective=objective,
+        max_steps=3,
+        gradient_accumulation_steps=1,  # TRL's metrics are means over micro-batches, the monitor's over tokens
+    )
+    callback = OvershootCallback(block=16)
+    trainer.add_callback(callback)
+    trainer.train()
+    rows = callback.monitor.rows()
+    assert [row["step"] for row in rows] == [1, 2, 3] and rows[0]["kept_blocks"] is None
+    assert 0 < rows[2]["kept_mass"] < 1 and all(row["tokens"] > 0 for row in rows)
+    assert "lm_head.weight" in rows[2]["tensors"], "the model's own names"
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    for log, row in zip(logs, rows, strict=True):
+        assert log["overshoot/kl_k3"] == pytest.approx(row["kl_k3"]) and log["overshoot/tokens"] == row["tokens"]
+        if objective is None:  # the metric is a mean over all tokens, the excess over those beyond
+            beyond = (row["excess_mean"] or 0.0) * row["beyond_fraction"]
+            assert row["excess_source"] == "log_probs_and_advantages"
+            assert beyond == pytest.approx(log["policy/overshoot"], rel=1e-5, abs=1e-9)
+            assert row["beyond_fraction"] == pytest.approx(row["clip_fraction_low"] + row["clip_fraction_high"])
+        else:
+            assert row["excess_source"] is None and "overshoot/excess_max" not in log
+    if objective is None:
+        assert rows[2]["excess_max"] > 0, "nothing was beyond the clip: the case tests nothing"
+    assert (tmp_path / "overshoot.txt").read_text() == callback.monitor.table() + "\n"
+    assert (tmp_path / "overshoot.png").stat().st_size > 20_000
+    trainer.optimizer.step()
+    assert len(callback.monitor.rows()) == 3, "closed"
+
+
+def test_overshoot_callback_takes_a_monitor_and_torch_adamw(tmp_path):
+    pytest.importorskip("matplotlib")
+    trainer = make_trainer(tmp_path, optimizer=torch.optim.AdamW, loss_type="dapo", max_steps=2)
+    with OvershootMonitor(trainer.optimizer, fca.PPO(), every=4) as monitor:
+        trainer.add_callback(OvershootCallback(monitor))
+        trainer.train()
+        assert "no step recorded" in (tmp_path / "overshoot.txt").read_text()
+        assert not (tmp_path / "overshoot.png").exists()
+        for _ in range(2):
+            trainer.optimizer.step()
+        assert monitor.latest()["step"] == 4 and monitor.latest()["tokens"] > 0
+
+
+def test_overshoot_callback_refusals(tmp_path):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(TypeError, match="OvershootMonitor, got str"):
+        OvershootCallback("monitor")
+    p = torch.nn.Parameter(torch.ones(1))
+    with OvershootMonitor(fca.FusedClipAdamW([p])) as monitor, pytest.raises(TypeError, match=r"'every'.*no effect"):
+        OvershootCallback(monitor, every=2)
+    trainer = make_trainer(tmp_path, GRPOTrainer, loss_type="dapo", max_steps=1)
+    trainer.add_callback(OvershootCallback())
+    with pytest.raises(RuntimeError, match="FusedGRPOTrainer"):
+        trainer.train()

@@ -54,21 +54,32 @@ def test_step_never_waits_for_the_device(backend):
     assert int(opt.step_count_skipped) == 0
 
 
-CLIP_RULES = {
-    "per tensor": fca.PerTensorNorm(0.5),
-    "AutoClip": fca.AutoClip(50.0, history=4),
-    "ZClip": fca.ZClip(warmup=2),
-    "AdaGC": fca.AdaGC(start=2),
+DEVICE_RULES = {
+    "per tensor": dict(grad_clip=fca.PerTensorNorm(0.5)),
+    "AutoClip": dict(grad_clip=fca.AutoClip(50.0, history=4)),
+    "ZClip": dict(grad_clip=fca.ZClip(warmup=2)),
+    "AdaGC": dict(grad_clip=fca.AdaGC(start=2)),
+    "AGC": dict(grad_clip=fca.AGC()),
+    "SPAM": fca.presets.spam(4, 2, 30.0),
+    "Stable-SPAM": fca.presets.stable_spam(4, total_steps=20),
+    "StableAdamW": fca.presets.stable_adamw(),
+    "induced metric": dict(grad_clip=(1.0, fca.InducedMetric())),
+    "align tensor": dict(overshoot="align-tensor"),
+    "align tensor lagged": dict(overshoot=fca.AlignedMomentum("tensor", lag=True)),
+    "cautious rescaled": dict(overshoot=fca.Cautious(rescale=True)),
+    "median": dict(overshoot=fca.MedianMomentum(0.1)),
+    "when clipped": dict(reset=fca.WhenClipped(0.5)),
 }
 
 
-@pytest.mark.parametrize("name", CLIP_RULES)
-def test_clip_rules_never_wait_for_the_device_and_replay_in_a_graph(backend, name):
+@pytest.mark.parametrize("name", DEVICE_RULES)
+def test_rules_never_wait_for_the_device_and_replay_in_a_graph(backend, name):
     """Statistics advance on the device: replayed they are, to the bit, what eager steps make of them."""
 
     def train(captured: bool):
-        opt, _ = make(backend, capturable=True, grad_clip=CLIP_RULES[name])
-        opt.add_param_group({"params": [torch.ones(9, device="cuda").requires_grad_()], "grad_clip": None})
+        opt, _ = make(backend, capturable=True, **DEVICE_RULES[name])
+        plain = {"grad_clip": None, "overshoot": None, "reset": None}
+        opt.add_param_group({"params": [torch.ones(9, device="cuda").requires_grad_()], **plain})
         every = [p for group in opt.param_groups for p in group["params"]]
         graph, generator = torch.cuda.CUDAGraph(), torch.Generator("cuda").manual_seed(1)
         for i in range(10):
@@ -87,8 +98,8 @@ def test_clip_rules_never_wait_for_the_device_and_replay_in_a_graph(backend, nam
                 opt.step()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        kept = opt._clip_memory[0]["tensors"]
-        return [*results(opt, every), *(kept[key].cpu() for key in sorted(kept))]
+        kept = [own["tensors"][key].cpu() for _, own in sorted(opt._memory[0].items()) for key in sorted(own["tensors"])]
+        return [*results(opt, every), *kept]
 
     assert bitwise_equal(train(True), train(False))
 

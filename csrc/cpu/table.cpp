@@ -250,6 +250,7 @@ Row make_row(const Lists& lists, const TensorList& steps, const TensorList& bias
     same_order = same_order && same_strides(param, meta);
   }
   row.numel = numel_of(param);
+  row.unit = param.dims < 2 || param.sizes[0] == 0 ? row.numel : row.numel / param.sizes[0];
   row.strided = contiguous ? 0 : 1;  // tensor_table fills in the offset
   row.flat = contiguous || (same_order && is_dense(param));
 
@@ -422,6 +423,28 @@ std::vector<Chunk> make_chunks(const Table& table, int64_t block) {
     }
   }
   return chunks;
+}
+
+std::vector<Chunk> make_unit_chunks(const Table& table) {
+  std::vector<Chunk> chunks;
+  for (int64_t r = 0; r < table.rows; ++r) {
+    const Row& row = table.row[r];
+    if (row.numel == 0) continue;
+    const int64_t size = (kChunk + row.unit - 1) / row.unit * row.unit;
+    for (int64_t begin = 0; begin < row.numel; begin += size) {
+      chunks.push_back({r, begin, std::min(begin + size, row.numel)});
+    }
+  }
+  return chunks;
+}
+
+std::vector<int64_t> unit_starts(const Table& table) {
+  std::vector<int64_t> starts(table.rows + 1, 0);
+  for (int64_t r = 0; r < table.rows; ++r) {
+    const Row& row = table.row[r];
+    starts[r + 1] = starts[r] + (row.numel > 0 ? row.numel / row.unit : 0);
+  }
+  return starts;
 }
 
 int64_t chunk_grain(const Table& table, int64_t chunks) {

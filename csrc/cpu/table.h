@@ -30,6 +30,12 @@ struct Chunk {
 // Chunks of at least `kChunk` elements (a whole number of `block`s) per tensor.
 std::vector<Chunk> make_chunks(const Table& table, int64_t block);
 
+// The same, in whole output rows (Row::unit) of each tensor.
+std::vector<Chunk> make_unit_chunks(const Table& table);
+
+// Where each tensor's output rows begin among those of all: one entry a tensor, and their total.
+std::vector<int64_t> unit_starts(const Table& table);
+
 // How many chunks one thread should take at least, so that tiny work stays on the caller's thread.
 int64_t chunk_grain(const Table& table, int64_t chunks);
 
@@ -44,11 +50,49 @@ constexpr DType arithmetic_dtype() {
   return sizeof(T) == 8 ? DType::F64 : DType::F32;
 }
 
+// A tile of one slot: the tensor's own memory where that will do, else a copy.
+template <typename T>
+struct SlotTile {
+  alignas(64) T buffer[kTile];
+  T* data = nullptr;
+  bool copied = false;
+
+  void read(const Table& table, const Row& row, Slot slot, bool flat, int64_t begin, int64_t n);
+  void write(const Table& table, const Row& row, Slot slot, bool flat, int64_t begin, int64_t n) const {
+    if (copied) write_slot<T>(table, row, slot, flat, begin, n, buffer);
+  }
+};
+
 // The slot's own memory where it can serve as the tile, else null.
 template <typename T>
 T* direct_slot(const Row& row, Slot slot, bool flat, int64_t begin) {
   if (!flat || slot_dtype(row, slot) != arithmetic_dtype<T>()) return nullptr;
   return reinterpret_cast<T*>(row.data[slot]) + begin;
+}
+
+template <typename T>
+void SlotTile<T>::read(const Table& table, const Row& row, Slot slot, bool flat, int64_t begin, int64_t n) {
+  data = direct_slot<T>(row, slot, flat, begin);
+  copied = data == nullptr;
+  if (copied) read_slot<T>(table, row, slot, flat, begin, n, data = buffer);
+}
+
+template <typename T>
+FCA_INLINE void scale_tile_body(const T* source, T* target, int64_t n, T factor) {  // they may be the same
+  for (int64_t i = 0; i < n; ++i) target[i] = source[i] * factor;
+}
+FCA_LEAF((typename T), (T), void, scale_tile, (const T* source, T* target, int64_t n, T factor),
+         (source, target, n, factor))
+
+// A tile of gradients times the factors of their output rows, in the tile's own buffer.
+template <typename T>
+void scale_units(SlotTile<T>& grad, const Row& row, const double* unit_factors, int64_t begin, int64_t n) {
+  for (int64_t i = 0; i < n;) {
+    const int64_t unit = (begin + i) / row.unit, stop = std::min(n, (unit + 1) * row.unit - begin);
+    scale_tile<T>(grad.data + i, grad.buffer + i, stop - i, static_cast<T>(unit_factors[unit]));
+    i = stop;
+  }
+  grad.data = grad.buffer;
 }
 
 }  // namespace fca

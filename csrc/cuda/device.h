@@ -30,16 +30,6 @@ namespace fca {
 constexpr int kThreads = 256;  // of norm and update blocks
 constexpr int kWarp = 32;
 
-// The scalars of one tensor as the prologue leaves them for the update: a row of the float64 tensor `scalars`.
-struct TensorScalars {
-  double skip;     // 1: change nothing
-  double unscale;  // for the norm that the update gathers
-  StepScalars<double> step;
-  double unused[2];
-};
-constexpr int64_t kTensorScalars = sizeof(TensorScalars) / sizeof(double);
-static_assert(kTensorScalars == 16, "SCALARS of fused_clip_adam/backends/device_table.py");
-
 // A 0-d float32 or float64 tensor; null: absent.
 struct DeviceScalar {
   const void* data;
@@ -122,7 +112,23 @@ __device__ __forceinline__ double block_sum(double x, double* fold) {
   return sum;
 }
 
-// The same over a block of as many whole warps as it was launched with.
+// The largest over the block of numbers that are not negative; every thread receives it.
+template <int THREADS>
+__device__ __forceinline__ double block_max(double x, double* fold) {
+#pragma unroll
+  for (int width = kWarp / 2; width > 0; width /= 2) {
+    const double other = __shfl_xor_sync(0xffffffffu, x, width);
+    x = other > x ? other : x;
+  }
+  __syncthreads();
+  if (threadIdx.x % kWarp == 0) fold[threadIdx.x / kWarp] = x;
+  __syncthreads();
+#pragma unroll
+  for (int warp = 0; warp < THREADS / kWarp; ++warp) x = fold[warp] > x ? fold[warp] : x;
+  return x;
+}
+
+// The sum over a block of as many whole warps as it was launched with.
 __device__ __forceinline__ double block_sum(double x, double* fold) {
   x = warp_sum(x);
   __syncthreads();

@@ -15,7 +15,7 @@ struct Signals {
   DeviceScalar grad_scale, found_inf;
   const float* observed;  // suppressed and total mass, or null
   bool skip_nonfinite;
-  const double* clip_factors;  // of every row, or null
+  const GroupSignals* groups;  // of every group, or null
 };
 
 __global__ void __launch_bounds__(kPrologueThreads)
@@ -40,38 +40,38 @@ __global__ void __launch_bounds__(kPrologueThreads)
   }
 
   for (int64_t r = threadIdx.x; r < row_count; r += kPrologueThreads) {
-    TensorScalars& out = scalars[r];
-    out.skip = skip ? 1.0 : 0.0;
+    scalars[r].skip = skip ? 1.0 : 0.0;
     if (skip) continue;
     const Row& row = rows[r];
     const GroupScalars& group = groups[row.group];
-    const Control control = make_control(group, unscale, norm, previous_norm, c, skip);
+    const GroupSignals own = signals.groups == nullptr ? GroupSignals{0.0, 0.0, 1.0} : signals.groups[row.group];
+    const Control control = make_control(group, own, unscale, norm, previous_norm, c, skip);
     double lr = group.lr;
     if (group.lr_address != 0)
       lr = DeviceScalar{reinterpret_cast<const void*>(group.lr_address), group.lr_is_f64 != 0}.read(lr);
-    out.unscale = unscale;
-    out.step = advance(row, group, control, lr);
-    if (signals.clip_factors != nullptr) out.step.grad_factor *= signals.clip_factors[r];
+    scalars[r] = advance(row, group, control, lr);
   }
 }
 
-void cuda_prologue(const Tensor& fixed, const Tensor& fresh, int64_t rows, std::optional<Tensor> square_sums,
-                   std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, std::optional<Tensor> observed,
-                   const Tensor& grad_square_sum, const Tensor& steps_skipped, bool skip_nonfinite,
-                   std::optional<Tensor> clip_factors, const Tensor& scalars) {
+void cuda_prologue(const Tensor& fixed, const Tensor& fresh, int64_t rows, std::optional<Tensor> group_signals,
+                   std::optional<Tensor> square_sums, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
+                   std::optional<Tensor> observed, const Tensor& grad_square_sum, const Tensor& steps_skipped,
+                   bool skip_nonfinite, const Tensor& scalars) {
+  const int64_t groups = (fresh.numel() - rows) / kGroupScalars;
+  if (group_signals) check_buffer(*group_signals, ScalarType::Double, groups * kGroupSignals, "group_signals");
   check_buffer(grad_square_sum, ScalarType::Double, 1, "grad_square_sum");
   check_buffer(steps_skipped, ScalarType::Long, 1, "steps_skipped");
   check_buffer(scalars, ScalarType::Double, rows * kTensorScalars, "scalars");
   if (observed) check_buffer(*observed, ScalarType::Float, 2, "observed");
-  if (clip_factors) check_buffer(*clip_factors, ScalarType::Double, rows, "clip_factors");
   if (square_sums) check_buffer(*square_sums, ScalarType::Double, square_sums->numel(), "square_sums");
-  const Signals signals = {square_sums ? const_data<double>(*square_sums) : nullptr,
-                           square_sums ? square_sums->numel() : 0,
-                           device_scalar(grad_scale, "grad_scale"),
-                           device_scalar(found_inf, "found_inf"),
-                           observed ? const_data<float>(*observed) : nullptr,
-                           skip_nonfinite,
-                           clip_factors ? const_data<double>(*clip_factors) : nullptr};
+  const Signals signals = {
+      square_sums ? const_data<double>(*square_sums) : nullptr,
+      square_sums ? square_sums->numel() : 0,
+      device_scalar(grad_scale, "grad_scale"),
+      device_scalar(found_inf, "found_inf"),
+      observed ? const_data<float>(*observed) : nullptr,
+      skip_nonfinite,
+      group_signals ? reinterpret_cast<const GroupSignals*>(const_data<double>(*group_signals)) : nullptr};
   Launcher(fixed).run("prologue_kernel", prologue_kernel, 1, kPrologueThreads,
                       reinterpret_cast<const Row*>(const_data<int64_t>(fixed)), rows,
                       reinterpret_cast<const GroupScalars*>(const_data<int64_t>(fresh) + rows), signals,

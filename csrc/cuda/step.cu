@@ -6,71 +6,10 @@
 // flight, a multiprocessor 80 KB; 17 to 27 KB cover the latency, the rest evens out what the blocks do in between.
 #include <optional>
 
-#include "slots.h"
+#include "rows.h"
 
 namespace fca {
 namespace {
-
-// ---------------------------------------------------------------- where a row's elements are
-
-// Tensors of one row whose storage types are known and whose 16-byte boundaries coincide.
-template <typename SP, typename SG, typename SS>
-struct RunsOfRow : Runs<16 / sizeof(SP), 16 / sizeof(SP)> {
-  using T = float;
-  static constexpr int kWidth = 16 / sizeof(SP);  // one 16-byte word of the parameter a thread
-  using Access = Runs<kWidth, kWidth>;
-  int64_t address[4];  // of param, grad, exp_avg, exp_avg_sq: copies, which no store can be thought to change
-
-  __device__ __forceinline__ RunsOfRow(const Row& row, int64_t grad)
-      : address{row.data[PARAM], grad, row.data[EXP_AVG], row.data[EXP_AVG_SQ]} {}
-
-  // Elements from the last 16-byte boundary to element `begin`.
-  __device__ __forceinline__ int64_t pad(int64_t begin) const {
-    return (address[PARAM] / static_cast<int64_t>(sizeof(SP)) + begin) % kWidth;
-  }
-  __device__ __forceinline__ bool fits() const {
-    const int64_t back = pad(0);
-    const int64_t off = (address[GRAD] - back * static_cast<int64_t>(sizeof(SG))) |
-                        (address[EXP_AVG] - back * static_cast<int64_t>(sizeof(SS))) |
-                        (address[EXP_AVG_SQ] - back * static_cast<int64_t>(sizeof(SS)));
-    return off % 16 == 0;
-  }
-
-  template <int SLOT, bool WHOLE>
-  __device__ __forceinline__ void read(const Span& span, T (&held)[Access::kHeld]) const {
-    if constexpr (SLOT == PARAM) Access::template load<WHOLE, SP, T>(address[SLOT], span, held);
-    if constexpr (SLOT == GRAD) Access::template load<WHOLE, SG, T>(address[SLOT], span, held);
-    if constexpr (SLOT == EXP_AVG || SLOT == EXP_AVG_SQ) Access::template load<WHOLE, SS, T>(address[SLOT], span, held);
-  }
-  template <int SLOT, bool WHOLE>
-  __device__ __forceinline__ void write(const Span& span, const T (&held)[Access::kHeld]) const {
-    if constexpr (SLOT == PARAM) Access::template store<WHOLE, SP, T>(address[SLOT], span, held);
-    if constexpr (SLOT == EXP_AVG || SLOT == EXP_AVG_SQ)
-      Access::template store<WHOLE, SS, T>(address[SLOT], span, held);
-  }
-};
-
-// Any row.
-template <typename T_>
-struct SinglesOfRow : Singles {
-  using T = T_;
-  using Access = Singles;
-  static constexpr int kWidth = 1;
-  const Row& row;
-  int64_t grad;
-  const int64_t* record;  // null: memory order will do
-
-  __device__ __forceinline__ int64_t pad(int64_t) const { return 0; }
-
-  template <int SLOT, bool WHOLE>
-  __device__ __forceinline__ void read(const Span& span, T (&held)[Access::kHeld]) const {
-    Access::load<T>(row.dtype[SLOT < 2 ? SLOT : 2], SLOT == GRAD ? grad : row.data[SLOT], record, SLOT, span, held);
-  }
-  template <int SLOT, bool WHOLE>
-  __device__ __forceinline__ void write(const Span& span, const T (&held)[Access::kHeld]) const {
-    Access::store<T>(row.dtype[SLOT < 2 ? SLOT : 2], row.data[SLOT], record, SLOT, span, held);
-  }
-};
 
 // ---------------------------------------------------------------- block gates
 
@@ -101,21 +40,38 @@ __device__ __forceinline__ void gate_tile(GateShared<TILE>& gate, unsigned n, un
   __syncthreads();
 }
 
+// What is the same for all elements of a chunk. In the kernels of one rule `rule` and `coupled` are constants.
+struct Options {
+  Overshoot rule;
+  bool coupled;
+  bool sum_dots;  // GUARDED
+  Units units;    // GUARDED
+};
+
+struct Sums {
+  double squares = 0, dot = 0;
+};
+
 // A thread's share of sum m g over a span, for logical blocks longer than a tile.
-template <typename RowAccess, bool COUPLED>
+template <bool GUARDED, typename RowAccess>
 __device__ __forceinline__ double dot_of_thread(const RowAccess& row, const StepScalars<typename RowAccess::T>& s,
-                                                int64_t start, int64_t stop) {
+                                                const Options& options, int64_t start, int64_t stop) {
   using T = typename RowAccess::T;
   double dot = 0;
   for (int64_t base = start; base < stop; base += RowAccess::kTile) {
     const Span span = {base, start, stop};
-    T p[RowAccess::kHeld] = {}, g[RowAccess::kHeld], m[RowAccess::kHeld];
+    T p[RowAccess::kHeld] = {}, g[RowAccess::kHeld], m[RowAccess::kHeld], v[RowAccess::kHeld] = {};
     row.template read<GRAD, false>(span, g);
     row.template read<EXP_AVG, false>(span, m);
-    if (COUPLED) row.template read<PARAM, false>(span, p);
+    if (options.coupled) row.template read<PARAM, false>(span, p);
+    if (GUARDED) {
+      row.template read<EXP_AVG_SQ, false>(span, v);
+      options.units.scale(row, span, g);
+    }
 #pragma unroll
     for (int j = 0; j < RowAccess::kHeld; ++j) {
-      dot += static_cast<double>(m[j]) * static_cast<double>(scaled_grad<T, COUPLED>(p[j], g[j], s));
+      const T seen = seen_grad<T, GUARDED>(p[j], g[j], v[j], s, options.coupled);
+      dot += static_cast<double>(m[j]) * static_cast<double>(seen);
     }
   }
   return dot;
@@ -123,12 +79,12 @@ __device__ __forceinline__ double dot_of_thread(const RowAccess& row, const Step
 
 // ---------------------------------------------------------------- one tile
 
-// Reads, gates, updates and writes a tile; returns the thread's sum of squared raw gradients. `block`: 0 where all of
+// Reads, gates, updates and writes a tile; adds the thread's squares of raw gradients, and m g. `block`: 0 where all of
 // the tile shares `keep`, else the length of the logical blocks that start with it.
-template <bool WHOLE, typename RowAccess, Overshoot RULE, bool AMSGRAD, bool COUPLED>
-__device__ __forceinline__ double update_tile_of(const RowAccess& row, const StepScalars<typename RowAccess::T>& s,
-                                                 const Span& span, unsigned block, bool keep,
-                                                 GateShared<RowAccess::kTile>* gate) {
+template <bool WHOLE, bool AMSGRAD, bool GUARDED, typename RowAccess>
+__device__ __forceinline__ void update_tile_of(const RowAccess& row, const StepScalars<typename RowAccess::T>& s,
+                                               const Options& options, const Span& span, unsigned block, bool keep,
+                                               GateShared<RowAccess::kTile>* gate, Sums& sums) {
   using T = typename RowAccess::T;
   constexpr int kHeld = RowAccess::kHeld;
   T p[kHeld], g[kHeld], m[kHeld], v[kHeld], v_max[AMSGRAD ? kHeld : 1];
@@ -138,75 +94,89 @@ __device__ __forceinline__ double update_tile_of(const RowAccess& row, const Ste
   row.template read<EXP_AVG_SQ, WHOLE>(span, v);
   if constexpr (AMSGRAD) row.template read<MAX_EXP_AVG_SQ, WHOLE>(span, v_max);
 
-  if (RULE == Overshoot::ALIGN_BLOCK && block != 0) {
+  if constexpr (GUARDED) {
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j) sums.squares += static_cast<double>(g[j]) * static_cast<double>(g[j]);
+    options.units.scale(row, span, g);
+    if (options.sum_dots && s.forget != T(1)) {
+#pragma unroll
+      for (int j = 0; j < kHeld; ++j) {  // past the end m is 0
+        sums.dot += momentum_dot(m[j], seen_grad<T, true>(p[j], g[j], v[j], s, options.coupled));
+      }
+    }
+  }
+  const bool gated = options.rule == Overshoot::ALIGN_BLOCK && block != 0;
+  if (gated) {
 #pragma unroll
     for (int j = 0; j < kHeld; ++j) {
-      gate->product[RowAccess::place(j)] =
-          static_cast<double>(m[j]) * static_cast<double>(scaled_grad<T, COUPLED>(p[j], g[j], s));
+      const T seen = seen_grad<T, GUARDED>(p[j], g[j], v[j], s, options.coupled);
+      gate->product[RowAccess::place(j)] = static_cast<double>(m[j]) * static_cast<double>(seen);
     }
     gate_tile(*gate, static_cast<unsigned>(span.end - span.base), block);
   }
-  double squares = 0;
 #pragma unroll
   for (int j = 0; j < kHeld; ++j) {
-    squares += static_cast<double>(g[j]) * static_cast<double>(g[j]);
-    if (RULE == Overshoot::ALIGN_BLOCK && block != 0 && j % RowAccess::kWidth == 0) {
+    if (!GUARDED) sums.squares += static_cast<double>(g[j]) * static_cast<double>(g[j]);
+    if (gated && j % RowAccess::kWidth == 0) {
       // A run lies within one logical block. Past the end of the span there is none, and nothing to keep.
       const unsigned place = static_cast<unsigned>(RowAccess::place(j));
       keep = place < static_cast<unsigned>(span.end - span.base) && gate->keep[place / block];
     }
-    update_element<T, RULE, AMSGRAD, COUPLED>(p[j], g[j], m[j], v[j], v_max[AMSGRAD ? j : 0], s, keep);
+    update_element<T, AMSGRAD, GUARDED>(p[j], g[j], m[j], v[j], v_max[AMSGRAD ? j : 0], s, options.rule,
+                                        options.coupled, keep);
   }
   row.template write<PARAM, WHOLE>(span, p);
   row.template write<EXP_AVG, WHOLE>(span, m);
   row.template write<EXP_AVG_SQ, WHOLE>(span, v);
   if constexpr (AMSGRAD) row.template write<MAX_EXP_AVG_SQ, WHOLE>(span, v_max);
-  return squares;
 }
 
-template <typename RowAccess, Overshoot RULE, bool AMSGRAD, bool COUPLED>
-__device__ __forceinline__ double update_tile(const RowAccess& row, const StepScalars<typename RowAccess::T>& s,
-                                              const Span& span, unsigned block, bool keep,
-                                              GateShared<RowAccess::kTile>* gate) {
+template <bool AMSGRAD, bool GUARDED, typename RowAccess>
+__device__ __forceinline__ void update_tile(const RowAccess& row, const StepScalars<typename RowAccess::T>& s,
+                                            const Options& options, const Span& span, unsigned block, bool keep,
+                                            GateShared<RowAccess::kTile>* gate, Sums& sums) {
   if (RowAccess::whole(span)) {
-    return update_tile_of<true, RowAccess, RULE, AMSGRAD, COUPLED>(row, s, span, block, keep, gate);
+    update_tile_of<true, AMSGRAD, GUARDED>(row, s, options, span, block, keep, gate, sums);
+  } else {
+    update_tile_of<false, AMSGRAD, GUARDED>(row, s, options, span, block, keep, gate, sums);
   }
-  return update_tile_of<false, RowAccess, RULE, AMSGRAD, COUPLED>(row, s, span, block, keep, gate);
 }
 
 // ---------------------------------------------------------------- one chunk
 
-template <typename RowAccess, Overshoot RULE, bool AMSGRAD, bool COUPLED>
-__device__ __forceinline__ double update_chunk(const RowAccess& access, const StepScalars<typename RowAccess::T>& s,
-                                               int64_t begin, int64_t end, int64_t block, Shared& shared) {
-  double squares = 0;
-  if constexpr (RULE == Overshoot::ALIGN_BLOCK) {
-    if (block > RowAccess::kTile) {  // two passes over the block; the second finds much of it in the L2
-      for (int64_t start = begin; start < end; start += block) {
-        const int64_t stop = start + block < end ? start + block : end;
-        const double dot = dot_of_thread<RowAccess, COUPLED>(access, s, start, stop);
-        const bool keep = block_sum<kThreads>(dot, shared.fold) > 0;
-        for (int64_t base = start; base < stop; base += RowAccess::kTile) {
-          squares += update_tile_of<false, RowAccess, RULE, AMSGRAD, COUPLED>(access, s, {base, start, stop}, 0, keep,
-                                                                              nullptr);
+// GATED: the rule may be ALIGN_BLOCK.
+template <bool AMSGRAD, bool GUARDED, bool GATED, typename RowAccess>
+__device__ __forceinline__ Sums update_chunk(const RowAccess& access, const StepScalars<typename RowAccess::T>& s,
+                                             const Options& options, int64_t begin, int64_t end, int64_t block,
+                                             Shared& shared) {
+  Sums sums;
+  if constexpr (GATED) {
+    if (options.rule == Overshoot::ALIGN_BLOCK) {
+      if (block > RowAccess::kTile) {  // two passes over the block; the second finds much of it in the L2
+        for (int64_t start = begin; start < end; start += block) {
+          const int64_t stop = start + block < end ? start + block : end;
+          const double dot = dot_of_thread<GUARDED>(access, s, options, start, stop);
+          const bool keep = block_sum<kThreads>(dot, shared.fold) > 0;
+          for (int64_t base = start; base < stop; base += RowAccess::kTile) {
+            update_tile_of<false, AMSGRAD, GUARDED>(access, s, options, {base, start, stop}, 0, keep, nullptr, sums);
+          }
+        }
+      } else {
+        __shared__ GateShared<RowAccess::kTile> gate;
+        const unsigned short_block = static_cast<unsigned>(block);
+        const unsigned whole_blocks = RowAccess::kTile / short_block * short_block;
+        for (int64_t base = begin; base < end; base += whole_blocks) {
+          const int64_t stop = base + whole_blocks < end ? base + whole_blocks : end;
+          update_tile<AMSGRAD, GUARDED>(access, s, options, {base, base, stop}, short_block, true, &gate, sums);
         }
       }
-    } else {
-      __shared__ GateShared<RowAccess::kTile> gate;
-      const unsigned short_block = static_cast<unsigned>(block);
-      const unsigned whole_blocks = RowAccess::kTile / short_block * short_block;
-      for (int64_t base = begin; base < end; base += whole_blocks) {
-        const int64_t stop = base + whole_blocks < end ? base + whole_blocks : end;
-        squares +=
-            update_tile<RowAccess, RULE, AMSGRAD, COUPLED>(access, s, {base, base, stop}, short_block, true, &gate);
-      }
-    }
-  } else {
-    for (int64_t base = begin - access.pad(begin); base < end; base += RowAccess::kTile) {
-      squares += update_tile<RowAccess, RULE, AMSGRAD, COUPLED>(access, s, {base, begin, end}, 0, true, nullptr);
+      return sums;
     }
   }
-  return squares;
+  for (int64_t base = begin - access.pad(begin); base < end; base += RowAccess::kTile) {
+    update_tile<AMSGRAD, GUARDED>(access, s, options, {base, begin, end}, 0, true, nullptr, sums);
+  }
+  return sums;
 }
 
 // ---------------------------------------------------------------- kernels
@@ -232,6 +202,13 @@ struct Work {
   int64_t chunk_size;
   const TensorScalars* scalars;
   int64_t block;
+  // Of the guarded kernels alone: the rule, whether weight decay is coupled, factors of output rows and where each row's
+  // begin, sums of m g by chunk. The addresses may be null.
+  Overshoot rule;
+  bool coupled;
+  const double* unit_factors;
+  const int64_t* unit_starts;
+  double* dots;
   double* grad_square_sum;  // null: the norm is known already
   double* partials;
   int* finished;  // blocks of this launch that are done; 0 between launches
@@ -260,13 +237,42 @@ __device__ __forceinline__ void gather_norm(const Work& work, double squares, do
   }
 }
 
-template <typename T, Overshoot RULE, bool AMSGRAD, bool COUPLED>
-__device__ __forceinline__ double update_singles(const Work& work, const Row& row, const Chunk& chunk, int64_t end,
-                                                 const StepScalars<T>& s, Shared& shared) {
-  // Logical blocks are runs of the row-major order, so memory order will do only where the two agree.
-  const bool flat = RULE == Overshoot::ALIGN_BLOCK ? row.strided == 0 : row.flat != 0;
-  const SinglesOfRow<T> access = {{}, row, work.grads[chunk.row], flat ? nullptr : work.fixed + row.strided};
-  return update_chunk<SinglesOfRow<T>, RULE, AMSGRAD, COUPLED>(access, s, chunk.begin, end, work.block, shared);
+// What a kernel knows of its chunk.
+struct Place {
+  Chunk chunk;
+  const Row& row;
+  int64_t end;
+};
+
+__device__ __forceinline__ Place place_of(const Work& work, const Chunk& chunk) {
+  const Row& row = reinterpret_cast<const Row*>(work.fixed)[chunk.row];
+  return {chunk, row, chunk.begin + work.chunk_size < row.numel ? chunk.begin + work.chunk_size : row.numel};
+}
+
+template <bool AMSGRAD, bool GUARDED, bool GATED, typename T>
+__device__ __forceinline__ Sums update_singles(const Work& work, const Place& place, const StepScalars<T>& s,
+                                               const Options& options, Shared& shared) {
+  // Logical blocks and output rows are runs of the row-major order, so memory order will do only where the two agree.
+  const bool logical = options.rule == Overshoot::ALIGN_BLOCK || (GUARDED && options.units.factors != nullptr);
+  const bool flat = logical ? place.row.strided == 0 : place.row.flat != 0;
+  const SinglesOfRow<T> access = {
+      {}, place.row, work.grads[place.chunk.row], flat ? nullptr : work.fixed + place.row.strided};
+  return update_chunk<AMSGRAD, GUARDED, GATED>(access, s, options, place.chunk.begin, place.end, work.block, shared);
+}
+
+template <typename RowAccess, bool GUARDED, bool GATED>
+__device__ __forceinline__ Sums update_runs(const Work& work, const Place& place, const StepScalars<float>& s,
+                                            const Options& options, Shared& shared) {
+  const RowAccess access(place.row, work.grads[place.chunk.row]);
+  bool runs = place.row.flat != 0 && access.fits();
+  if (GUARDED && options.units.factors != nullptr) runs = runs && place.row.strided == 0;
+  if (options.rule == Overshoot::ALIGN_BLOCK) {  // every logical block has to start on a 16-byte boundary
+    runs = runs && place.row.strided == 0 && access.pad(0) == 0 && work.block % RowAccess::kWidth == 0;
+  }
+  if (runs) {
+    return update_chunk<false, GUARDED, GATED>(access, s, options, place.chunk.begin, place.end, work.block, shared);
+  }
+  return update_singles<false, GUARDED, GATED>(work, place, s, options, shared);
 }
 
 // Tensors of any dtype and layout, and amsgrad.
@@ -276,11 +282,10 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once<1>(RULE, sizeof(T) ==
   const Chunk chunk = work.chunks[chunk_index()];
   const TensorScalars& scalars = work.scalars[chunk.row];
   if (scalars.skip != 0.0) return;
-  const Row& row = reinterpret_cast<const Row*>(work.fixed)[chunk.row];
-  const int64_t end = chunk.begin + work.chunk_size < row.numel ? chunk.begin + work.chunk_size : row.numel;
-  const StepScalars<T> s = rounded<T>(scalars.step);
-  const double squares = update_singles<T, RULE, AMSGRAD, COUPLED>(work, row, chunk, end, s, shared);
-  if (work.grad_square_sum != nullptr) gather_norm(work, squares, scalars.unscale, shared);
+  const Options options = {RULE, COUPLED, false, {nullptr, 0}};
+  const Sums sums = update_singles<AMSGRAD, false, RULE == Overshoot::ALIGN_BLOCK>(
+      work, place_of(work, chunk), rounded<T>(scalars.step), options, shared);
+  if (work.grad_square_sum != nullptr) gather_norm(work, sums.squares, scalars.unscale, shared);
 }
 
 // Storage types known: 16 bytes a thread, except for rows whose tensors are strided or start at different distances
@@ -288,26 +293,54 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once<1>(RULE, sizeof(T) ==
 template <typename SP, typename SG, typename SS, Overshoot RULE, bool COUPLED>
 __global__ void __launch_bounds__(kThreads, blocks_at_once<16 / sizeof(SP)>(RULE, false))
     update_runs_kernel(Work work) {
-  using RowAccess = RunsOfRow<SP, SG, SS>;
   __shared__ Shared shared;
   const Chunk chunk = work.chunks[chunk_index()];
   const TensorScalars& scalars = work.scalars[chunk.row];
   if (scalars.skip != 0.0) return;
-  const Row& row = reinterpret_cast<const Row*>(work.fixed)[chunk.row];
-  const int64_t end = chunk.begin + work.chunk_size < row.numel ? chunk.begin + work.chunk_size : row.numel;
-  const StepScalars<float> s = rounded<float>(scalars.step);
-  const RowAccess access(row, work.grads[chunk.row]);
-  bool runs = row.flat != 0 && access.fits();
-  if (RULE == Overshoot::ALIGN_BLOCK) {  // every logical block has to start on a 16-byte boundary
-    runs = runs && row.strided == 0 && access.pad(0) == 0 && work.block % RowAccess::kWidth == 0;
+  const Options options = {RULE, COUPLED, false, {nullptr, 0}};
+  const Sums sums = update_runs<RunsOfRow<SP, SG, SS>, false, RULE == Overshoot::ALIGN_BLOCK>(
+      work, place_of(work, chunk), rounded<float>(scalars.step), options, shared);
+  if (work.grad_square_sum != nullptr) gather_norm(work, sums.squares, scalars.unscale, shared);
+}
+
+// The same for rules that look at the guards of StepScalars, and for FAdam: the rule is a uniform switch at run time, as
+// seven times two kernels more for every pair above would double what is compiled, for rules that few use.
+__device__ __forceinline__ Options guarded_options(const Work& work, const Chunk& chunk, const Row& row) {
+  const double* factors = work.unit_factors == nullptr ? nullptr : work.unit_factors + work.unit_starts[chunk.row];
+  return {work.rule, work.coupled, work.dots != nullptr, {factors, row.unit}};
+}
+
+__device__ __forceinline__ void finish_guarded(const Work& work, const Sums& sums, double unscale, Shared& shared) {
+  if (work.dots != nullptr) {
+    const double dot = block_sum<kThreads>(sums.dot, shared.fold);
+    if (threadIdx.x == 0) work.dots[chunk_index()] = dot;
+    __syncthreads();
   }
-  double squares;
-  if (runs) {
-    squares = update_chunk<RowAccess, RULE, false, COUPLED>(access, s, chunk.begin, end, work.block, shared);
-  } else {
-    squares = update_singles<float, RULE, false, COUPLED>(work, row, chunk, end, s, shared);
-  }
-  if (work.grad_square_sum != nullptr) gather_norm(work, squares, scalars.unscale, shared);
+  if (work.grad_square_sum != nullptr) gather_norm(work, sums.squares, unscale, shared);
+}
+
+template <typename T, bool AMSGRAD>
+__global__ void __launch_bounds__(kThreads, 2) update_singles_guarded_kernel(Work work) {
+  __shared__ Shared shared;
+  const Chunk chunk = work.chunks[chunk_index()];
+  const TensorScalars& scalars = work.scalars[chunk.row];
+  if (scalars.skip != 0.0) return;
+  const Place place = place_of(work, chunk);
+  const Sums sums = update_singles<AMSGRAD, true, true>(work, place, rounded<T>(scalars.step),
+                                                        guarded_options(work, chunk, place.row), shared);
+  finish_guarded(work, sums, scalars.unscale, shared);
+}
+
+template <typename SP, typename SG, typename SS>
+__global__ void __launch_bounds__(kThreads, sizeof(SP) == 4 ? 3 : 2) update_runs_guarded_kernel(Work work) {
+  __shared__ Shared shared;
+  const Chunk chunk = work.chunks[chunk_index()];
+  const TensorScalars& scalars = work.scalars[chunk.row];
+  if (scalars.skip != 0.0) return;
+  const Place place = place_of(work, chunk);
+  const Sums sums = update_runs<RunsOfRow<SP, SG, SS>, true, true>(work, place, rounded<float>(scalars.step),
+                                                                   guarded_options(work, chunk, place.row), shared);
+  finish_guarded(work, sums, scalars.unscale, shared);
 }
 
 // ---------------------------------------------------------------- choosing a kernel
@@ -316,14 +349,9 @@ using Kernel = void (*)(Work);
 
 template <Overshoot RULE, bool COUPLED>
 Kernel choose_runs(DType param, DType grad, DType state) {
-  const auto is = [&](DType p, DType g, DType s) { return param == p && grad == g && state == s; };
-  constexpr DType F32 = DType::F32, BF16 = DType::BF16, F16 = DType::F16;
-  if (is(F32, F32, F32)) return update_runs_kernel<float, float, float, RULE, COUPLED>;
-  if (is(BF16, BF16, BF16)) return update_runs_kernel<BFloat16, BFloat16, BFloat16, RULE, COUPLED>;
-  if (is(BF16, BF16, F32)) return update_runs_kernel<BFloat16, BFloat16, float, RULE, COUPLED>;
-  if (is(BF16, F32, F32)) return update_runs_kernel<BFloat16, float, float, RULE, COUPLED>;
-  if (is(F16, F16, F32)) return update_runs_kernel<Float16, Float16, float, RULE, COUPLED>;
-  return nullptr;
+#define FCA_KERNEL(SP, SG, SS) update_runs_kernel<SP, SG, SS, RULE, COUPLED>
+  return FCA_CHOOSE_RUNS(param, grad, state, FCA_KERNEL, Kernel(nullptr));
+#undef FCA_KERNEL
 }
 
 template <typename T, Overshoot RULE>
@@ -344,7 +372,19 @@ Kernel choose_of_rule(DType param, DType grad, DType state, bool amsgrad, bool c
                              : choose_singles<float, RULE>(amsgrad, coupled);
 }
 
-Kernel choose(DType param, DType grad, DType state, Overshoot rule, bool amsgrad, bool coupled) {
+Kernel choose_guarded(DType param, DType grad, DType state, bool amsgrad) {
+#define FCA_KERNEL(SP, SG, SS) update_runs_guarded_kernel<SP, SG, SS>
+  const Kernel runs = FCA_CHOOSE_RUNS(param, grad, state, FCA_KERNEL, Kernel(nullptr));
+#undef FCA_KERNEL
+  if (!amsgrad && runs != nullptr) return runs;
+  if (param == DType::F64) {
+    return amsgrad ? update_singles_guarded_kernel<double, true> : update_singles_guarded_kernel<double, false>;
+  }
+  return amsgrad ? update_singles_guarded_kernel<float, true> : update_singles_guarded_kernel<float, false>;
+}
+
+Kernel choose(DType param, DType grad, DType state, Overshoot rule, bool amsgrad, bool coupled, bool guarded) {
+  if (guarded) return choose_guarded(param, grad, state, amsgrad);
   switch (rule) {
     case Overshoot::NONE:
       return choose_of_rule<Overshoot::NONE>(param, grad, state, amsgrad, coupled);
@@ -358,17 +398,23 @@ Kernel choose(DType param, DType grad, DType state, Overshoot rule, bool amsgrad
       return choose_of_rule<Overshoot::GRAMS>(param, grad, state, amsgrad, coupled);
     case Overshoot::ATAN2:
       return choose_of_rule<Overshoot::ATAN2>(param, grad, state, amsgrad, coupled);
+    case Overshoot::FADAM:
+      check(!amsgrad && !coupled, "FAdam has neither amsgrad nor coupled weight decay");
+      return choose_guarded(param, grad, state, amsgrad);
   }
   fail("unknown overshoot rule ", static_cast<int64_t>(rule));
 }
 
 void cuda_update_(const Tensor& fixed, const Tensor& fresh, int64_t chunks_at, int64_t first_chunk, int64_t chunks,
                   int64_t chunk_size, int64_t param_dtype, int64_t grad_dtype, int64_t state_dtype,
-                  const Tensor& scalars, bool coupled, bool amsgrad, int64_t overshoot, int64_t block,
+                  const Tensor& scalars, bool coupled, bool amsgrad, int64_t overshoot, int64_t block, bool guarded,
+                  std::optional<Tensor> unit_factors, std::optional<Tensor> unit_starts, std::optional<Tensor> dots,
                   std::optional<Tensor> grad_square_sum, const Tensor& partials, const Tensor& finished) {
   check(block >= 1 && chunk_size % block == 0, "chunk_size must be a multiple of block, got ", chunk_size, " and ",
         block);
   if (grad_square_sum) check_buffer(*grad_square_sum, ScalarType::Double, 1, "grad_square_sum");
+  check(guarded || (!unit_factors && !dots), "unit_factors and dots need guarded");
+  check(unit_factors.has_value() == unit_starts.has_value(), "unit_factors go with unit_starts");
   const int64_t* words = const_data<int64_t>(fixed);
   const Work work = {words,
                      const_data<int64_t>(fresh),
@@ -376,11 +422,16 @@ void cuda_update_(const Tensor& fixed, const Tensor& fresh, int64_t chunks_at, i
                      chunk_size,
                      reinterpret_cast<const TensorScalars*>(const_data<double>(scalars)),
                      block,
+                     static_cast<Overshoot>(overshoot),
+                     coupled,
+                     unit_factors ? const_data<double>(*unit_factors) : nullptr,
+                     unit_starts ? const_data<int64_t>(*unit_starts) : nullptr,
+                     dots ? mutable_data<double>(*dots) + first_chunk : nullptr,
                      grad_square_sum ? mutable_data<double>(*grad_square_sum) : nullptr,
                      mutable_data<double>(partials) + first_chunk,
                      mutable_data<int>(finished)};
   const Kernel kernel = choose(static_cast<DType>(param_dtype), static_cast<DType>(grad_dtype),
-                               static_cast<DType>(state_dtype), static_cast<Overshoot>(overshoot), amsgrad, coupled);
+                               static_cast<DType>(state_dtype), work.rule, amsgrad, coupled, guarded);
   Launcher(fixed).run("update_kernel", kernel, chunks, kThreads, work);
 }
 

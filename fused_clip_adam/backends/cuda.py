@@ -8,18 +8,21 @@ import pathlib
 import torch
 from torch import Tensor
 
-from fused_clip_adam.backends import native
-from fused_clip_adam.backends.device_table import DeviceTables, place, tensor_square_sums
+from fused_clip_adam.backends import native, scalars
+from fused_clip_adam.backends.device_table import DeviceTables, by_tensor, new_dots, place, rows_of_pairs
 
 __all__ = [
     "ON_DEVICE",
+    "by_tensor",
     "devices",
     "grad_square_sums",
+    "new_dots",
     "place",
     "prologue",
-    "tensor_square_sums",
+    "reduce",
     "tensor_table",
     "unavailable",
+    "unit_sums",
     "update_",
 ]
 
@@ -72,19 +75,74 @@ def grad_square_sums(placed: DeviceTables) -> Tensor:
     return placed.partials
 
 
-def prologue(placed: DeviceTables, *signals) -> None:
+def prologue(placed: DeviceTables, *signals) -> Tensor:
     """Phase 2: one launch, which also advances every step and writes `placed.scalars`. See reference_step.py."""
     _prologue(placed.fixed, placed.fresh, placed.rows, *signals, placed.scalars)
+    return placed.scalars
+
+
+def reduce(
+    placed: DeviceTables,
+    values: Tensor | None,
+    batch: int,
+    first: int,
+    kind: int,
+    coupled: bool,
+    guarded: bool,
+    unit_factors: Tensor | None,
+) -> Tensor:
+    """One launch, and a few to fold its sums. See reference_step.py."""
+    for launch in placed.launches:
+        if launch.batch == batch:
+            _reduce(
+                placed.fixed,
+                placed.fresh,
+                placed.chunks_at,
+                launch.first_chunk,
+                launch.chunks,
+                launch.chunk_size,
+                *launch.dtypes,
+                values,
+                kind,
+                coupled,
+                guarded,
+                unit_factors,
+                None if unit_factors is None else placed.units().starts,
+                placed.pairs,
+            )
+    return rows_of_pairs(placed, batch, first, maximum=kind == scalars.SQUARES_MAX)
+
+
+def unit_sums(placed: DeviceTables, batch: int) -> Tensor:
+    """One launch. See reference_step.py."""
+    units = placed.units()
+    sums = torch.empty(units.totals[batch], 2, dtype=torch.float64, device=placed.device)
+    for launch in units.launches[batch]:
+        _unit_sums(
+            placed.fixed,
+            placed.fresh,
+            units.chunks,
+            launch.first_chunk,
+            launch.chunks,
+            launch.dtypes[0],
+            units.starts,
+            sums,
+        )
+    return sums
 
 
 def update_(
     placed: DeviceTables,
-    control: None,
+    values: Tensor,
     batch: int,
+    first: int,
     coupled: bool,
     amsgrad: bool,
     overshoot: int,
     block: int,
+    guarded: bool,
+    unit_factors: Tensor | None,
+    momentum_dots: Tensor | None,
     grad_square_sum: Tensor | None,
 ) -> None:
     """Phase 3: one launch. See reference_step.py."""
@@ -98,11 +156,15 @@ def update_(
                 launch.chunks,
                 launch.chunk_size,
                 *launch.dtypes,
-                placed.scalars,
+                values,
                 coupled,
                 amsgrad,
                 overshoot,
                 block,
+                guarded,
+                unit_factors,
+                None if unit_factors is None else placed.units().starts,
+                momentum_dots,
                 grad_square_sum,
                 placed.partials,
                 placed.finished,
@@ -113,4 +175,6 @@ if not _reason:
     tensor_table = native.tensor_table
     _norm = torch.ops.fused_clip_adam.cuda_norm.default
     _prologue = torch.ops.fused_clip_adam.cuda_prologue.default
+    _reduce = torch.ops.fused_clip_adam.cuda_reduce.default
+    _unit_sums = torch.ops.fused_clip_adam.cuda_unit_sums.default
     _update = torch.ops.fused_clip_adam.cuda_update_.default

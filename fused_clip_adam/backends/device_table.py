@@ -17,15 +17,18 @@ import dataclasses
 import torch
 from torch import Tensor
 
-ROW = 15
+from fused_clip_adam.backends import scalars
+
+ROW = 16
 """int64 words of a row: struct Row of csrc/table.h."""
-GRAD, NUMEL, DTYPES, STRIDED, GROUP = 1, 8, slice(9, 12), 13, 14
+GRAD, NUMEL, DTYPES, STRIDED, GROUP, UNIT = 1, 8, slice(9, 12), 13, 14, 15
 """Columns of a row."""
-GROUP_SCALARS, CONTROL, SCALARS = 15, 9, 16
-"""float64 columns of group_scalars, control and scalars: structs of csrc/update_math.h and csrc/cuda/tables.h."""
+GROUP_SCALARS = len(scalars.GROUP_SCALARS)
 
 _CHUNK_SMALL, _CHUNK_LARGE, _LARGE = 4096, 16384, 2**24
 """Elements of a chunk, and the total from which the larger one leaves enough blocks to fill a device."""
+_UNIT_SPAN, _FEWEST_UNITS, _MOST_UNITS = 4096, 8, 512
+"""A chunk of output rows has about so many elements, but at least and at most so many rows; longer rows are alone."""
 _SPARES = 4
 """Pinned buffers kept ready for CUDA-graph captures: pinned memory cannot be allocated while one is under way."""
 
@@ -46,27 +49,55 @@ class Launch:
     strided: bool  # some tensor is not C-contiguous
 
 
+@dataclasses.dataclass(frozen=True)
+class UnitLaunch:
+    """The output rows of one batch's tensors with the same dtypes."""
+
+    dtypes: tuple[int, int, int]
+    first_chunk: int
+    chunks: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Units:
+    """Output rows, for rules that bound each. Built when first asked for: other rules need none of it."""
+
+    starts: Tensor  # int64 [rows], on the device: a tensor's first output row among those of its batch
+    totals: list[int]  # of each batch
+    chunks: Tensor  # int64 [n, 2], on the device: (row, its first output row here)
+    launches: list[list[UnitLaunch]]  # of each batch
+
+
+def units_at_once(unit: int) -> int:
+    """Output rows in a chunk, where each has `unit` elements: csrc/cuda/reduce.cu and triton_step.py do the same."""
+    return 1 if unit > _UNIT_SPAN else min(_MOST_UNITS, max(_FEWEST_UNITS, _UNIT_SPAN // max(unit, 1)))
+
+
 class DeviceTables:
     """Tables of all batches on one device, and the scratch buffers of a step."""
 
     def __init__(self, head: Tensor, counts: list[int], blocks: list[int], fresh_words: int, device: torch.device):
         self.device = device
         self.rows = sum(counts)
+        self.counts = counts
         self.groups = (fresh_words - self.rows) // GROUP_SCALARS
         self.launches, chunks = _make_launches(head, counts, blocks)
         self.chunks_at = head.numel()
         """Where in `fixed` the chunks begin, in words: two a chunk, in the order of the launches."""
+        self._host_chunks = chunks
         fixed = torch.cat([head, chunks])
         self.fixed = _upload(fixed, torch.empty_like(fixed, device=device))
         self.fresh = torch.empty(fresh_words, dtype=torch.int64, device=device)
         self.partials = torch.zeros(chunks.numel() // 2, dtype=torch.float64, device=device)
-        self.scalars = torch.zeros(self.rows, SCALARS, dtype=torch.float64, device=device)
+        self.pairs = torch.zeros(chunks.numel() // 2, 2, dtype=torch.float64, device=device)
+        """The sums of a reduction, by chunk."""
+        self.dots = torch.zeros(chunks.numel() // 2, dtype=torch.float64, device=device)
+        """The update's sums of m g, by chunk."""
+        self.scalars = torch.zeros(self.rows, scalars.WIDTH, dtype=torch.float64, device=device)
         self.finished = torch.zeros(1, dtype=torch.int32, device=device)
         self.captured = False
-        # Chunks of a tensor lie side by side, but tensors in the order of the launches.
-        rows, lengths = torch.unique_consecutive(chunks.view(-1, 2)[:, 0], return_counts=True)
-        self.segments = tuple(x.to(device) for x in (rows, lengths))
-        """(rows, how many chunks they have), of every tensor with elements."""
+        self._segments: tuple[Tensor, Tensor] | None = None
+        self._units: Units | None = None
         self._key = (head, counts, blocks, fresh_words)
         self._spares: list[Tensor] = []
         self._last_fresh: Tensor | None = None
@@ -75,6 +106,22 @@ class DeviceTables:
         """Whether the tables on the device are those of this step, but for the contents of `fresh`."""
         own, *rest = self._key
         return rest == [counts, blocks, fresh_words] and torch.equal(own, head)
+
+    def segments(self) -> tuple[Tensor, Tensor]:
+        """(rows, how many chunks they have), of every tensor with elements: int64, uploaded when first asked for."""
+        if self._segments is None:
+            chunks = self._host_chunks
+            # Chunks of a tensor lie side by side, but tensors in the order of the launches.
+            rows, lengths = torch.unique_consecutive(chunks.view(-1, 2)[:, 0], return_counts=True)
+            self._segments = tuple(_upload(x, torch.empty_like(x, device=self.device)) for x in (rows, lengths))
+        return self._segments
+
+    def units(self) -> Units:
+        """The output rows of the tensors, see `Units`."""
+        if self._units is None:
+            head, counts, _, _ = self._key
+            self._units = _make_units(head, counts, self.device)
+        return self._units
 
     def upload_fresh(self, fresh: Tensor, capturable: bool) -> None:
         """One asynchronous copy, or none where nothing changed. Captured, it is repeated by every replay."""
@@ -107,7 +154,7 @@ def place(
 
     Args:
         tables: host tables of this device's batches, from `tensor_table`.
-        group_scalars: float64 [groups, 15] on the host.
+        group_scalars: float64 [groups, 17] on the host.
         blocks: per batch, a number of elements that chunks must be a multiple of.
         kept: what the previous step got.
         capturable: a CUDA graph may be captured later; keeps buffers ready for it.
@@ -129,11 +176,23 @@ def place(
     return kept
 
 
-def tensor_square_sums(placed: DeviceTables, square_sums: Tensor) -> Tensor:
-    """What `grad_square_sums` gave, by tensor: float64 [rows]. See reference_step.py."""
-    rows, lengths = placed.segments
-    sums = torch.segment_reduce(square_sums, "sum", lengths=lengths, unsafe=True)
-    return square_sums.new_zeros(placed.rows).index_copy_(0, rows, sums)
+def by_tensor(placed: DeviceTables, sums: Tensor, maximum: bool = False) -> Tensor:
+    """What the kernels gave by chunk, float64 [chunks], by tensor: float64 [rows]. See reference_step.py."""
+    rows, lengths = placed.segments()
+    folded = torch.segment_reduce(sums, "max" if maximum else "sum", lengths=lengths, unsafe=True)
+    return sums.new_zeros(placed.rows).index_copy_(0, rows, folded)
+
+
+def rows_of_pairs(placed: DeviceTables, batch: int, first: int, maximum: bool) -> Tensor:
+    """What a reduction left in `pairs`, of a batch's tensors: float64 [rows of the batch, 2]."""
+    x, y = placed.pairs.unbind(1)
+    both = [by_tensor(placed, x.contiguous()), by_tensor(placed, y.contiguous(), maximum)]
+    return torch.stack(both, dim=1)[first : first + placed.counts[batch]]
+
+
+def new_dots(placed: DeviceTables, rows: int) -> Tensor:
+    """Where the update leaves its sums of m g: float64 [chunks]. See reference_step.py."""
+    return placed.dots
 
 
 def _combine(tables: list[Tensor]) -> tuple[list[int], Tensor, Tensor]:
@@ -179,6 +238,31 @@ def _make_launches(head: Tensor, counts: list[int], blocks: list[int]) -> tuple[
             first_chunk += count
         first += n
     return launches, torch.cat(chunks)
+
+
+def _make_units(head: Tensor, counts: list[int], device: torch.device) -> Units:
+    rows = head[: sum(counts) * ROW].view(-1, ROW)
+    starts, totals, chunks, launches = [], [], [torch.empty(0, 2, dtype=torch.int64)], []
+    first = first_chunk = 0
+    for n in counts:
+        own = rows[first : first + n]
+        units = own[:, NUMEL] // own[:, UNIT].clamp(min=1)
+        starts.append(units.cumsum(0) - units)
+        totals.append(int(units.sum()))
+        of_batch = []
+        for kind in torch.unique(own[:, DTYPES], dim=0):
+            own_chunks = first_chunk
+            for member in (own[:, DTYPES] == kind).all(1).nonzero().squeeze(1).tolist():
+                begins = torch.arange(0, int(units[member]), units_at_once(int(own[member, UNIT])))
+                chunks.append(torch.stack([torch.full_like(begins, first + member), begins], dim=1))
+                first_chunk += begins.numel()
+            if first_chunk > own_chunks:
+                of_batch.append(UnitLaunch(tuple(kind.tolist()), own_chunks, first_chunk - own_chunks))
+        launches.append(of_batch)
+        first += n
+    host = (torch.cat(starts), torch.cat(chunks))
+    uploaded = [_upload(own, torch.empty_like(own, device=device)) for own in host]
+    return Units(uploaded[0], totals, uploaded[1], launches)
 
 
 def _upload(host: Tensor, target: Tensor) -> Tensor:

@@ -170,7 +170,8 @@ def _make_row(lists, steps: list[Tensor], bias_weights: list[Tensor], group: int
         weights_at = weights.address
     addresses = [0 if meta is None else meta.address for meta in metas]
     words = [*addresses, step_meta.address, int(step_meta.dtype == 0), weights_at, numel, *dtypes]
-    words += [int(flat), 0, group]  # 0: tensor_table fills in the offset of a stride record
+    rows = param.sizes[0] if len(param.sizes) > 1 else 1
+    words += [int(flat), 0, group, numel // rows if rows else numel]  # 0: tensor_table fills in a record's offset
     return _Row(words, metas, flat, not contiguous, numel)
 
 

@@ -8,20 +8,23 @@ import pathlib
 import torch
 from torch import Tensor
 
-from fused_clip_adam.backends.reference_step import Control, Placed, place, tensor_square_sums
+from fused_clip_adam.backends.reference_step import Placed, by_tensor, place
 
 __all__ = [
     "Placed",
     "bound_sums",
+    "by_tensor",
     "capability",
     "grad_square_sums",
     "logits_backward",
     "logits_forward",
+    "new_dots",
     "place",
     "policy_loss",
     "prologue",
-    "tensor_square_sums",
+    "reduce",
     "tensor_table",
+    "unit_sums",
     "update_",
 ]
 
@@ -69,16 +72,61 @@ def grad_square_sums(placed: Placed) -> Tensor:
     return torch.cat([_grad_square_sums(table) for table in placed.tables])
 
 
-def prologue(placed: Placed, *signals) -> Control:
+def new_dots(placed: Placed, rows: int) -> Tensor:
+    """See reference_step.py."""
+    return torch.zeros(rows, dtype=torch.float64, device="cpu")
+
+
+def prologue(placed: Placed, *signals) -> Tensor:
     """Phase 2, see reference_step.py."""
-    *others, clip_factors = signals
-    return Control(_prologue(placed.group_scalars, *others), clip_factors)
+    control = _prologue(placed.group_scalars, *signals)
+    own = [_tensor_scalars(table, placed.group_scalars, control) for table in placed.tables]
+    return own[0] if len(own) == 1 else torch.cat(own)
 
 
-def update_(placed: Placed, control: Control, batch: int, *options) -> None:
+def _rows_of(placed: Placed, values: Tensor | None, batch: int, first: int) -> Tensor | None:
+    return None if values is None else values[first : first + int(placed.tables[batch][0])]
+
+
+def reduce(
+    placed: Placed,
+    values: Tensor | None,
+    batch: int,
+    first: int,
+    kind: int,
+    coupled: bool,
+    guarded: bool,
+    unit_factors: Tensor | None,
+) -> Tensor:
+    """See reference_step.py."""
+    rows = _rows_of(placed, values, batch, first)
+    return _reduce(placed.tables[batch], rows, kind, coupled, guarded, unit_factors)
+
+
+def unit_sums(placed: Placed, batch: int) -> Tensor:
+    """See reference_step.py."""
+    return _unit_sums(placed.tables[batch])
+
+
+def update_(
+    placed: Placed,
+    values: Tensor,
+    batch: int,
+    first: int,
+    coupled: bool,
+    amsgrad: bool,
+    overshoot: int,
+    block: int,
+    guarded: bool,
+    unit_factors: Tensor | None,
+    momentum_dots: Tensor | None,
+    grad_square_sum: Tensor | None,
+) -> None:
     """Phase 3, see reference_step.py."""
-    factors = control.factors_of(placed, batch, lambda table: int(table[0]))
-    _update_(placed.tables[batch], placed.group_scalars, control.groups, factors, *options)
+    rows = _rows_of(placed, values, batch, first)
+    dots = _rows_of(placed, momentum_dots, batch, first)
+    options = (coupled, amsgrad, overshoot, block, guarded, unit_factors)
+    _update_(placed.tables[batch], rows, *options, dots, grad_square_sum)
 
 
 if not _reason:
@@ -86,6 +134,9 @@ if not _reason:
     tensor_table = torch.ops.fused_clip_adam.tensor_table.default
     _grad_square_sums = torch.ops.fused_clip_adam.grad_square_sums.default
     _prologue = torch.ops.fused_clip_adam.prologue.default
+    _tensor_scalars = torch.ops.fused_clip_adam.tensor_scalars.default
+    _reduce = torch.ops.fused_clip_adam.reduce.default
+    _unit_sums = torch.ops.fused_clip_adam.unit_sums.default
     _update_ = torch.ops.fused_clip_adam.update_.default
     policy_loss = torch.ops.fused_clip_adam.policy_loss.default
     bound_sums = torch.ops.fused_clip_adam.bound_sums.default

@@ -2,11 +2,14 @@
 
 from fused_clip_adam.backends.reference_objective import bound_sums, logits_backward, logits_forward, policy_loss
 from fused_clip_adam.backends.reference_step import (
+    by_tensor,
     grad_square_sums,
+    new_dots,
     place,
     prologue,
-    tensor_square_sums,
+    reduce,
     tensor_table,
+    unit_sums,
     update_,
 )
 
@@ -17,8 +20,11 @@ __all__ = [
     "logits_forward",
     "place",
     "policy_loss",
+    "new_dots",
     "prologue",
-    "tensor_square_sums",
+    "reduce",
+    "by_tensor",
     "tensor_table",
+    "unit_sums",
     "update_",
 ]

@@ -1,9 +1,13 @@
 """TRL's GRPOTrainer on the fused objective and a clip-aware optimizer (written against TRL 1.16)."""
 
+from pathlib import Path
+
 import torch
+from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 import fused_clip_adam as fca
+from fused_clip_adam.monitor import OvershootMonitor, require_matplotlib
 
 # TRL's loss_type -> how our objective adds up its tokens.
 AGGREGATIONS = {
@@ -52,6 +56,8 @@ class FusedGRPOTrainer(GRPOTrainer):
         `policy/suppressed_mass`: share of the advantage mass whose gradient the clip removed.
         `policy/ess`: effective sample size of the ratios, 1 = on policy.
         `policy/nonfinite`: tokens left out because their loss was not finite.
+
+    With an `OvershootCallback` among the callbacks, it is fed and its numbers are in the logs.
 
     Note:
         TRL reuses rollouts, and so clips, only if `num_iterations >= 2` or
@@ -165,6 +171,9 @@ class FusedGRPOTrainer(GRPOTrainer):
         optimizer = clip_aware_optimizer(self.optimizer)
         if mode == "train" and optimizer is not None:
             optimizer.observe(stats)
+        if mode == "train":
+            for callback in self._overshoot_callbacks():
+                callback.observe(self.objective, stats, logp, old_logp, inputs["advantages"], mask)
         self._append_metrics(mode, stats, logp.detach(), old_logp, ref_logp, entropies, inputs["advantages"], mask)
         return loss / accumulation
 
@@ -237,7 +246,92 @@ class FusedGRPOTrainer(GRPOTrainer):
         optimizer = clip_aware_optimizer(self.optimizer)
         if "loss" in logs and "grad_norm" not in logs and optimizer is not None:
             logs["grad_norm"] = float(optimizer.grad_norm)
+        if "loss" in logs:
+            for callback in self._overshoot_callbacks():
+                logs.update(callback.numbers())
         return super().log(logs, *args, **kwargs)
+
+    def _overshoot_callbacks(self):
+        return [each for each in self.callback_handler.callbacks if isinstance(each, OvershootCallback)]
+
+
+class OvershootCallback(TrainerCallback):
+    """The overshoot report of a training run with FusedGRPOTrainer: `trainer.add_callback(OvershootCallback())`.
+
+    Makes an `fca.OvershootMonitor` of the trainer's optimizer before its first step and feeds it what the loss saw;
+    puts the numbers of its newest row into the logs, as `overshoot/...`; when training ends, writes `overshoot.txt`
+    (the table) and `overshoot.png` (the figure) into `output_dir`. `monitor` stays readable afterwards.
+
+    With several processes `ClipStats` are of all of them; excess, kept momentum and coast are of this one's tokens and
+    parameters, and the main one writes. A run that goes on from a checkpoint begins a new report.
+
+    Args:
+        monitor: one that you made and will close; None: made here, and closed when training ends.
+        **options: of the OvershootMonitor made here; `objective` is by default the trainer's, `names` the model's.
+
+    Raises:
+        TypeError: `options` beside a monitor, or not an OvershootMonitor. As OvershootMonitor at the first loss.
+        ImportError: matplotlib is not installed, when training begins.
+        RuntimeError: at the first step of a trainer that is no FusedGRPOTrainer: it hands nothing over.
+    """
+
+    def __init__(self, monitor=None, **options):
+        if monitor is not None and not isinstance(monitor, OvershootMonitor):
+            raise TypeError(f"monitor must be None or an OvershootMonitor, got {type(monitor).__name__}")
+        if monitor is not None and options:
+            raise TypeError(f"{sorted(options)} have no effect beside a monitor; give them to the monitor")
+        self.monitor = monitor
+        self._options = options
+        self._owns = monitor is None
+        self._optimizer = self._model = None
+        self._fed = False
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        require_matplotlib()  # now, and not after hours of training
+        self._model, self._optimizer, self._fed = model, optimizer, False
+        if self._owns:
+            self.monitor = None
+
+    def observe(self, objective, stats, logp, old_logp, advantages, mask):
+        """What FusedGRPOTrainer's loss saw; it calls this."""
+        if self.monitor is None:
+            optimizer = self._optimizer
+            while not isinstance(optimizer, torch.optim.Adam) and hasattr(optimizer, "optimizer"):
+                optimizer = optimizer.optimizer
+            options = {"objective": objective, "names": self._model.named_parameters(), **self._options}
+            self.monitor = OvershootMonitor(optimizer, **options)
+        self._fed = True
+        if self.monitor.takes_log_probs:
+            self.monitor.observe(stats, logp, old_logp, advantages, mask)
+        else:
+            self.monitor.observe(stats)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if not self._fed:
+            raise RuntimeError(
+                "OvershootCallback got no statistics: accepted is FusedGRPOTrainer, which hands them over"
+            )
+
+    def numbers(self):
+        """The newest row's numbers as {"overshoot/name": float}, without what was not measured."""
+        row = None if self.monitor is None else self.monitor.latest()
+        return {
+            f"overshoot/{name}": float(value)
+            for name, value in (row or {}).items()
+            if name != "step" and isinstance(value, (int, float))
+        }
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.monitor is None:
+            return
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "overshoot.txt").write_text(self.monitor.table() + "\n")
+            if self.monitor.latest() is not None:
+                self.monitor.figure(folder / "overshoot.png")
+        if self._owns:
+            self.monitor.close()
 
 
 def clip_aware_optimizer(optimizer):

@@ -27,12 +27,15 @@ def from_plain(key: str, value: dict[str, Any] | list[dict[str, Any]]) -> Any:
     Raises:
         ValueError: the name is no rule of this version for that key.
     """
-    from fused_clip_adam.rules import grad_clip, overshoot
-    from fused_clip_adam.rules.reset import OnRollout
+    from fused_clip_adam.rules import grad_clip, overshoot, reset
 
     if isinstance(value, list):
         return tuple(from_plain(key, each) for each in value)
-    known = {"grad_clip": grad_clip.RULES, "overshoot": overshoot.RULES, "reset": (OnRollout,)}[key]
+    known = {
+        "grad_clip": grad_clip.RULES,
+        "overshoot": (*overshoot.RULES, overshoot.FisherUpdate),
+        "reset": reset.RULES,
+    }[key]
     fields = dict(value)
     name = fields.pop("rule", None)
     for rule in known:
