@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: help venv test demo bench bench-full gpu gpu-checks lint format asan wheel clean
+.PHONY: help venv test checks demo bench bench-full gpu gpu-checks lint format asan wheel clean
 
 help:           ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/ :/'
@@ -37,6 +37,9 @@ PYTEST = -m pytest -n $(WORKERS) --dist loadgroup
 
 test: venv      ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
+
+checks: venv    ## three properties of arXiv 2601.05002, measured; fails where one does not hold
+	for check in coast_after_clip reward_scale prefix_bias; do $(BIN)/python examples/$$check.py || exit 1; done
 
 demo: venv      ## a GRPO run through TRL; table and figure in demo_out/   (make demo ARGS=--help)
 	$(BIN)/python examples/grpo_demo.py $(ARGS)

@@ -22,7 +22,9 @@ CPU_SOURCES = [
     f"csrc/cpu/{name}.cpp"
     for name in ("library", "table", "norm", "prologue", "reduce", "step", "step_guarded", "objective", "logits")
 ]
-CUDA_SOURCES = [f"csrc/cuda/{name}.cu" for name in ("library", "norm", "prologue", "reduce", "step", "objective", "logits")]
+CUDA_SOURCES = [
+    f"csrc/cuda/{name}.cu" for name in ("library", "norm", "prologue", "reduce", "step", "objective", "logits")
+]
 SHARED_HEADERS = [f"csrc/{name}.h" for name in ("update_math", "objective_math", "storage", "table", "check_args")]
 CPU_HEADERS = SHARED_HEADERS + [f"csrc/cpu/{name}.h" for name in ("isa", "table", "tile", "update_chunk")]
 CUDA_HEADERS = SHARED_HEADERS + [f"csrc/cuda/{name}.h" for name in ("device", "slots", "rows")]

@@ -50,6 +50,10 @@ from benchmarks.peers import Work, check_same_work, faster_norm_foreach
 
 MAX_NORM = 1.0  # far below the norm of the random gradients: the clip acts in every step
 CEILING_TARGET = 0.92
+# The step that a rule is to be within 5% of: those that need no more bytes, and those that need norms.
+RULE_TARGETS = {"align": "plain", "cautious": "plain", "SPAM": "plain", "brake": "plain"}
+RULE_TARGETS |= {"per tensor": "clip", "ZClip": "clip"}
+WITHIN = 0.95
 CLIP_TARGETS = {FUSED: 1.2, TRICK: 1.05}
 FULL_SIZE_TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.5}
 SAMPLES = 65536  # elements of each tensor compared at full size, at most
@@ -666,7 +670,12 @@ def _require_ours(names: list[str], unavailable: dict[str, str]) -> None:
 def _moved(name: str, case: Case, elements: int) -> int | None:
     dtypes = (case.dtype, case.dtype, case.states)
     if case.rules_of:
-        return moved_bytes("update", elements, *dtypes, moments=3 if name == "amsgrad" else 2)
+        import fused_clip_adam as fca
+
+        own = {
+            key: value for key, value in rules()[name].items() if key in ("amsgrad", "grad_clip", "overshoot", "reset")
+        }
+        return fca.theory.bytes_per_element(*(dtype.itemsize for dtype in dtypes), **own) * elements
     passes = PEERS[name].passes if case.max_norm is None else PEERS[name].passes_with_clip
     return None if passes is None else moved_bytes(passes, elements, *dtypes)
 
@@ -674,6 +683,10 @@ def _moved(name: str, case: Case, elements: int) -> int | None:
 def _targets(case: Case | LossCase, baseline: str, rows: dict[str, dict]) -> list[Target]:
     median = lambda name, what: rows[name][what]["p50"] if name in rows else None  # noqa: E731
     found = [Target(peer, "over_ours", least, median(peer, "over_ours")) for peer, least in case.targets.items()]
+    if case.rules_of:
+        for name, than in RULE_TARGETS.items():
+            time, base = median(name, "over_ours"), median(than, "over_ours")
+            found.append(Target(name, "speed_of_baseline", WITHIN, time and base and base / time))
     if case.ceiling_target is not None:
         found.append(Target(baseline, FRACTION, case.ceiling_target, median(baseline, FRACTION)))
     return found

@@ -172,6 +172,12 @@ def rules() -> dict[str, dict]:
         "atan2": {"overshoot": fca.UpdateClamp(2.0, mode="atan2")},  # a first step is AdamW's: atan2(1, 1) = pi/4
         "brake": {"overshoot": fca.MomentumBrake()},
         "lagged clip": {"grad_clip": fca.GlobalNorm(1.0, lag=True)},
+        "SPAM": fca.presets.spam(10**6, 0),  # a first step that is AdamW's, to be compared with it
+        "clip": {"grad_clip": 1.0},
+        "per tensor": {"grad_clip": fca.PerTensorNorm(1.0)},
+        "ZClip": {"grad_clip": fca.ZClip()},
+        "StableAdamW": {"grad_clip": fca.UpdateRMS()},
+        "align tensor": {"overshoot": fca.AlignedMomentum("tensor")},
         "amsgrad": {"amsgrad": True},
     }
 
@@ -182,7 +188,7 @@ def build_rule(params: Params, work: Work, backend: str, options: dict) -> Step:
 
     if not options.get("amsgrad"):
         work = replace(work, states=[moments[:2] for moments in work.states])
-    optimizer = fca.FusedClipAdamW(params, **work.adamw, backend=backend, **options)
+    optimizer = fca.FusedClipAdamW(params, backend=backend, **{**work.adamw, **options})
     share_states(optimizer, params, work)
     if not isinstance(options.get("overshoot"), fca.MomentumBrake):
         return optimizer.step

@@ -343,7 +343,7 @@ class Target:
     """A figure that a case should reach; `value` is the measured median."""
 
     candidate: str
-    what: str  # "over_ours": the peer's time over ours; "fraction_of_stream", "fraction_of_ceiling": ours
+    what: str  # "over_ours": the peer's time over ours; "speed_of_baseline": ours over the candidate's; or a fraction
     at_least: float
     value: float | None
 

@@ -122,7 +122,7 @@ def readme_table(results: list[dict]) -> str:
         f"| case | {' | '.join(README_PEERS)} | bytes/s of the stream's |",
         "|---|" + "---|" * (len(README_PEERS) + 1),
     ]
-    for result in results:
+    for result in _without_rules(results):
         cells = [result["title"]]
         for names in README_PEERS.values():
             found = [result["candidates"][name]["over_ours"] for name in names if name in result["candidates"]]
@@ -131,7 +131,28 @@ def readme_table(results: list[dict]) -> str:
         cells.append("" if fraction is None else f"{fraction['p50']:.0%}")
         lines.append(f"| {' | '.join(cells)} |")
     lines += [f"\n{result['title']}: {note}." for result in results for note in result.get("notes", ())]
+    for result in results:
+        if result.get("rules_of"):
+            lines += ["", f"Time over the baseline's, {result['title']}:", "", *_rule_rows(result)]
     return "\n".join(lines)
+
+
+def _without_rules(results: list[dict]) -> list[dict]:
+    """Comparisons with peers: those of rules with rules have tables of their own."""
+    return [result for result in results if not result.get("rules_of")]
+
+
+def _rule_rows(result: dict) -> list[str]:
+    rules = [name for name in result["candidates"] if name not in (result["baseline"], *CEILINGS)]
+    rows = [result["candidates"][rule] for rule in rules]
+    moved = [f"{row['bytes'] / result['elements']:.0f}" for row in rows]
+    base = result["candidates"][result["baseline"]]
+    return [
+        f"| rule | {' | '.join(rules)} |",
+        "|---|" + "---|" * len(rules),
+        f"| B/element ({base['bytes'] / result['elements']:.0f}) | {' | '.join(moved)} |",
+        f"| time (1) | {' | '.join(map(_ratio, rows))} |",
+    ]
 
 
 README_GPU_PEERS = {  # column -> candidate of benchmarks/gpu_peers.py
@@ -274,10 +295,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--png", action="store_true", help="a PNG instead of the SVG")
     suffix = ".png" if parser.parse_args(arguments).png else ".svg"
     folder, results = newest_results()
-    figure = draw(results, folder / f"overview{suffix}").relative_to(ROOT).as_posix()
+    figure = draw(_without_rules(results), folder / f"overview{suffix}").relative_to(ROOT).as_posix()
     gpus = gpu_results()
     for gpu_folder, own in gpus.items():
-        if compared := [result for result in own if not result["rules_of"]]:
+        if compared := _without_rules(own):
             draw(compared, gpu_folder / f"overview{suffix}")
     (ROOT / "README.md").write_text(readme_with((ROOT / "README.md").read_text(), results, figure, gpus))
     print(f"drew {figure}, {len(gpus)} GPU folders, and wrote the README's results")

@@ -140,8 +140,8 @@ struct StepScalars {
   T prox;                // added to m': clamp(g - m, -prox, prox)
 };
 
-// The scalars of one tensor as the prologue leaves them: a row of the float64 tensor `scalars`. Field order is the order
-// of names in fused_clip_adam/backends/scalars.py.
+// The scalars of one tensor as the prologue leaves them: a row of the float64 tensor `scalars`. Field order is the
+// order of names in fused_clip_adam/backends/scalars.py.
 struct TensorScalars {
   double skip;     // 1: change nothing
   double unscale;  // for the norm that the update gathers
@@ -258,8 +258,8 @@ FCA_INLINE T moved_momentum(T m, T g, const StepScalars<T>& s) {
   return m_new;
 }
 
-// What an element adds to the sum m g that decides whether its momentum is kept. Where m is not 0, a negative number too
-// small for anything else: the sum is then 0 only where all of m is.
+// What an element adds to the sum m g that decides whether its momentum is kept. Where m is not 0, a negative number
+// too small for anything else: the sum is then 0 only where all of m is.
 template <typename T>
 FCA_INLINE double momentum_dot(T m, T g) {
   return static_cast<double>(m) * static_cast<double>(g) - (m != T(0) ? 1e-300 : 0.0);
@@ -344,21 +344,22 @@ FCA_INLINE void update_element(T& param, T grad, T& exp_avg, T& exp_avg_sq, T& m
 // Which tensors `summand` reads beside the gradient.
 FCA_INLINE bool reads_param(Sum kind) { return kind == Sum::FADAM; }
 FCA_INLINE bool reads_exp_avg(Sum kind) { return kind == Sum::DOT || kind == Sum::AGREE; }
-FCA_INLINE bool reads_exp_avg_sq(Sum kind, bool guarded) {  // a spike is one against v
+FCA_INLINE bool reads_exp_avg_sq(Sum kind, bool spiked) {  // spiked: a rule brings down what is a spike against v
   return kind == Sum::RMS || kind == Sum::METRIC || kind == Sum::FADAM ||
-         (guarded && (kind == Sum::DOT || kind == Sum::AGREE));
+         (spiked && (kind == Sum::DOT || kind == Sum::AGREE));
 }
 
 struct Summand {
   double x, y;
 };
 
-// What an element adds to the two sums of a reduction; the second of SQUARES_MAX is a maximum. g is what the update sees
-// of the gradient, but for TAU_SQUARES, which is part of finding that out.
+// What an element adds to the two sums of a reduction; the second of SQUARES_MAX is a maximum. g is what the update
+// sees of the gradient, but for TAU_SQUARES, which is part of finding that out. Guards that no rule has set let all
+// through.
 //   SQUARES_MAX  raw g^2, raw |g|          DOT    m g                        AGREE  1 where m' g > 0
 //   RMS          g^2 / max(v' / W2, eps^2) METRIC g^2 / (sqrt(v' / W2) + eps)
 //   TAU_SQUARES  (g after tau)^2           FADAM  (g / base)^2, (p / base)^2, base = sqrt(v') + eps
-template <typename T, bool GUARDED>
+template <typename T>
 FCA_INLINE Summand summand(Sum kind, bool coupled, T param, T grad, T exp_avg, T exp_avg_sq, const StepScalars<T>& s) {
   if (kind == Sum::SQUARES_MAX) {
     const double raw = static_cast<double>(grad);
@@ -368,11 +369,11 @@ FCA_INLINE Summand summand(Sum kind, bool coupled, T param, T grad, T exp_avg, T
     const double clipped = static_cast<double>(scaled_grad<T, true>(param, grad, s, coupled));
     return {clipped * clipped, 0.0};
   }
-  const bool before = GUARDED && s.forget == T(1);
+  const bool before = s.forget == T(1);
   const T m = before ? T(0) : exp_avg, v = before ? T(0) : exp_avg_sq;
-  const T g = seen_grad<T, GUARDED>(param, grad, v, s, coupled);
+  const T g = seen_grad<T, true>(param, grad, v, s, coupled);
   if (kind == Sum::DOT) return {static_cast<double>(m) * static_cast<double>(g), 0.0};
-  if (kind == Sum::AGREE) return {same_sign(moved_momentum<T, GUARDED>(m, g, s), g) ? 1.0 : 0.0, 0.0};
+  if (kind == Sum::AGREE) return {same_sign(moved_momentum<T, true>(m, g, s), g) ? 1.0 : 0.0, 0.0};
   const T v_new = s.beta2 * v + s.one_minus_beta2 * g * g;
   const T root = std::sqrt(v_new);
   if (kind == Sum::FADAM) {

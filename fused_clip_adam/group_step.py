@@ -29,7 +29,7 @@ class Part:
     backend: Any
     batches: list[Batch] = dataclasses.field(default_factory=list)
     coupled: list[bool] = dataclasses.field(default_factory=list)  # of each batch: weight decay enters the gradient
-    guarded: list[bool] = dataclasses.field(default_factory=list)  # of each batch: a rule of its group is
+    spiked: list[bool] = dataclasses.field(default_factory=list)  # of each batch: a rule brings spikes down
     grad_square_sum: Any = None
     steps_skipped: Any = None
     gathered: Any = None  # what the update pass adds its gradients' squares to
@@ -72,7 +72,7 @@ class Part:
         """float64 [rows of the batch, 2], see `reduce` of backends/reference_step.py."""
         if not effective:
             return self.backend.reduce(self.placed, self.scalars, at, self.firsts[at], kind, False, False, None)
-        options = (self.coupled[at], self.guarded[at], self.unit_factors.get(at))
+        options = (self.coupled[at], self.spiked[at], self.unit_factors.get(at))
         return self.backend.reduce(self.placed, self.scalars, at, self.firsts[at], kind, *options)
 
 

@@ -29,6 +29,7 @@ from fused_clip_adam.rules import (
     MomentumBrake,
     OnRollout,
     Rule,
+    SpikeClip,
     UpdateClamp,
     as_grad_clip,
     as_overshoot,
@@ -251,7 +252,7 @@ class _FusedClip:
                 group["amsgrad"],
                 sum(getattr(rule, "kernel_code", 0) for rule in rules),  # of all at most one has any
                 _block(group),
-                part.guarded[at],
+                any(rule.guarded for rule in rules),
                 part.unit_factors.get(at),
                 part.dots if any(rule.needs_dots for rule in rules) else None,
                 part.gathered if gather else None,
@@ -382,7 +383,7 @@ class _FusedClip:
             part.batches.append(batch)
             group = self.param_groups[batch.group]
             part.coupled.append(_is_coupled(group))
-            part.guarded.append(any(rule.guarded for rule in _rules_of(group)))
+            part.spiked.append(_find(group, SpikeClip) is not None)
         first, *others = parts.values()
         self._grad_square_sum = first.grad_square_sum = moved(self._grad_square_sum, first.device)
         self._steps_skipped = first.steps_skipped = moved(self._steps_skipped, first.device)

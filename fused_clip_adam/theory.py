@@ -12,8 +12,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
-from fused_clip_adam.rules.overshoot import MomentumBrake
+from fused_clip_adam.rules import (
+    MomentumBrake,
+    SpikeClip,
+    as_grad_clip,
+    as_overshoot,
+    as_reset,
+    grad_clip_rules,
+    overshoot_rules,
+)
 
 _CONVERGED = 1e-16  # a rest below this share of a sum does not change it in float64
 
@@ -265,10 +274,39 @@ def _coast(
 
 
 def bytes_per_element(
-    param: int = 4, grad: int = 4, state: int = 4, *, norm: bool = False, amsgrad: bool = False
+    param: int = 4,
+    grad: int = 4,
+    state: int = 4,
+    *,
+    norm: bool = False,
+    amsgrad: bool = False,
+    grad_clip: Any = None,
+    overshoot: Any = None,
+    reset: Any = None,
 ) -> int:
-    """Bytes a step must move per parameter element, reading and writing, at the given storage widths.
+    """Bytes a step must move per parameter element, reading and writing.
 
-    Reads p, g, m, v and writes p, m, v; a norm of this step's gradients reads g once more; amsgrad adds a state.
+    Reads p, g, m, v and writes p, m, v; a norm of this step's gradients reads g once more; amsgrad adds a state; a rule
+    that sums over tensors before the update reads what it sums. Numbers by tensor or output row are not counted.
+
+    Args:
+        param, grad, state: widths in bytes of an element of each.
+        norm: this step's norm is needed whatever the rules: `skip_nonfinite=True`, or a clip of another group.
+        amsgrad, grad_clip, overshoot, reset: as `FusedClipAdamW`, any combination that it accepts.
+
+    Raises:
+        ValueError, TypeError: as `FusedClipAdamW`, for rules that do not go together.
     """
-    return 2 * param + grad + 4 * state + (grad if norm else 0) + (2 * state if amsgrad else 0)
+    clips, shapes = grad_clip_rules(as_grad_clip(grad_clip)), overshoot_rules(as_overshoot(overshoot))
+    rules = (*clips, *shapes, *(() if as_reset(reset) is None else (reset,)))
+    width = {"param": param, "grad": grad, "exp_avg": state, "exp_avg_sq": state}
+    total = 2 * param + grad + 4 * state + (2 * state if amsgrad else 0)
+    if norm or any(rule.needs_norm for rule in rules):
+        total += grad
+    spiked = any(isinstance(rule, SpikeClip) for rule in rules)
+    for rule in rules:
+        reads = set(rule.extra_reads)
+        if "exp_avg" in reads and spiked:  # what is a spike shows beside v
+            reads.add("exp_avg_sq")
+        total += sum(width[name] for name in reads)
+    return total

@@ -346,7 +346,8 @@ def compare(backend, device, dtype, options: dict, by_hand: dict, *, steps=STEPS
             rollouts: tuple[int, bool, bool] | None = None) -> None:  # fmt: skip
     """Trains with the package and by hand, and compares parameters and moments after every step.
 
-    float64: 1e-14 of the largest magnitude a number has had, which is 45 roundings. float32: see `tolerance`. bfloat16
+    float64: 1.5e-14 of the largest magnitude a number has had, 70 roundings: most are those of 1 - beta^t, here by a
+    power that cancels, under Triton by a series that does not. float32: see `tolerance`. bfloat16
     keeps its moments in float32, and by hand rounds the parameters after every step too: within two units of it.
 
     missing: some parameters have no gradient in some steps. rollouts: every so many steps `new_rollout` forgets
@@ -361,7 +362,7 @@ def compare(backend, device, dtype, options: dict, by_hand: dict, *, steps=STEPS
     cls = fca.FusedClipAdam if hand.coupled else fca.FusedClipAdamW
     opt = cls(params, state_dtype=torch.float32 if narrow else None, **options)
     errors = Errors()
-    bound = {torch.float64: 1e-14, torch.float32: tolerance(dtype, steps), torch.bfloat16: tolerance(dtype, 1) / 2}[
+    bound = {torch.float64: 1.5e-14, torch.float32: tolerance(dtype, steps), torch.bfloat16: tolerance(dtype, 1) / 2}[
         dtype
     ]
     for at, now in enumerate(grads):

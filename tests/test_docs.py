@@ -191,6 +191,15 @@ def test_first_example_runs(capsys):
     assert "clipped 0%" in lines[0] and "clipped 0%" not in lines[-1], "the example does not show clipping"
 
 
+def test_second_example_runs_after_the_first(capsys, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for example in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(compile(example, "README.md", "exec"), names)
+    assert "clip" in capsys.readouterr().out and (tmp_path / "overshoot.png").stat().st_size > 10_000
+
+
 @pytest.mark.parametrize("document", ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/objectives.md"))
 def test_links_lead_somewhere(document):
     path = ROOT / document

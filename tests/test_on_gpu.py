@@ -98,8 +98,8 @@ def test_rules_never_wait_for_the_device_and_replay_in_a_graph(backend, name):
                 opt.step()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        kept = [own["tensors"][key].cpu() for _, own in sorted(opt._memory[0].items()) for key in sorted(own["tensors"])]
-        return [*results(opt, every), *kept]
+        kept = [own["tensors"] for _, own in sorted(opt._memory[0].items())]
+        return [*results(opt, every), *(own[key].cpu() for own in kept for key in sorted(own))]
 
     assert bitwise_equal(train(True), train(False))
 

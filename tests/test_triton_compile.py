@@ -35,7 +35,7 @@ STORAGE = {
 }
 """Types of parameter, gradient and states."""
 BYTES = (8, 4, 2, 2)
-ALIGN_BLOCK, ALIGN_ELEMENT, CAUTIOUS, GRAMS, ATAN2 = range(1, 6)
+ALIGN_BLOCK, ALIGN_ELEMENT, CAUTIOUS, GRAMS, ATAN2, FADAM = range(1, 7)
 RULES = {
     "adamw": {},
     "gathers the norm": {"gather": True},
@@ -56,10 +56,52 @@ RULES = {
     "align 4096 with everything": dict(
         rule=ALIGN_BLOCK, block=4096, gather=True, amsgrad=True, coupled=True, strided=True
     ),
+    "FAdam": {"rule": FADAM},
+    "guarded": {"guarded": True},
+    "guarded, output rows": {"guarded": True, "units": True},
+    "guarded, m g": {"guarded": True, "dots": True},
+    "guarded, m g with everything": dict(
+        gather=True, amsgrad=True, coupled=True, strided=True, guarded=True, units=True, dots=True
+    ),
+    "guarded, align 1024 with everything": dict(
+        rule=ALIGN_BLOCK,
+        block=1024,
+        gather=True,
+        amsgrad=True,
+        coupled=True,
+        strided=True,
+        guarded=True,
+        units=True,
+    ),
+    "guarded, align 4096 with everything": dict(
+        rule=ALIGN_BLOCK,
+        block=4096,
+        gather=True,
+        amsgrad=True,
+        coupled=True,
+        strided=True,
+        guarded=True,
+        units=True,
+    ),
+}
+REDUCTIONS = {
+    "squares and maximum": dict(kind=0),
+    "m g": dict(kind=1),
+    "m g, spikes, output rows": dict(kind=1, spiked=True, units=True),
+    "agreement, L2": dict(kind=2, coupled=True),
+    "RMS": dict(kind=3),
+    "metric": dict(kind=4),
+    "FAdam": dict(kind=6),
 }
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-FEW_RULES = ("adamw", "gathers the norm", "align 1024")
-RARE_RULES = ("adamw", "gathers the norm", "amsgrad", *list(RULES)[-2:])  # of float64
+FEW_RULES = ("adamw", "gathers the norm", "align 1024", "guarded", "guarded, output rows")
+RARE_RULES = (  # of float64
+    "adamw",
+    "gathers the norm",
+    "amsgrad",
+    *(rule for rule in RULES if rule.endswith("with everything")),
+)
+FEW_REDUCTIONS = ("squares and maximum", "RMS")
 FEW_STORAGE = ("float32", "bfloat16")
 CALLS = {
     "PPO with everything": dict(rule=0, inputs=True, aggregation=1),
@@ -89,6 +131,9 @@ def variants() -> dict[str, tuple]:
                 out[f"{target}: update, {storage}, {rule}"] = (target, "update", storage, rule)
         for storage in ("float32", "bfloat16", "float64") if everything else FEW_STORAGE:
             out[f"{target}: norm, {storage}"] = (target, "norm", storage)
+            for reduction in REDUCTIONS if everything else FEW_REDUCTIONS:
+                out[f"{target}: reduce, {storage}, {reduction}"] = (target, "reduce", storage, reduction)
+            out[f"{target}: units, {storage}"] = (target, "units", storage)
         out[f"{target}: prologue"] = (target, "prologue")
         for storage in ("float32", "bfloat16", "float64") if everything else ("bfloat16",):
             for kind in ("logits_forward", "logits_backward"):
@@ -126,7 +171,14 @@ POINTERS = {
     "found_inf_ptr": "*fp32",
     "observed_ptr": "*fp32",
     "steps_skipped_ptr": "*i64",
-    "clip_factors_ptr": "*fp64",
+    "group_signals_ptr": "*fp64",
+    "pairs_ptr": "*fp64",
+    "starts_ptr": "*i64",
+    "chunks_ptr": "*i64",
+    "out_ptr": "*fp64",
+    "unit_factors_ptr": "*fp64",
+    "unit_starts_ptr": "*i64",
+    "dots_ptr": "*fp64",
 }
 
 
@@ -137,7 +189,7 @@ def compile_variant(name: str) -> tuple[str, dict]:
 
     target, kind, *what = VARIANTS[name]
     lanes = 64 if target == "gfx942" else 32  # as under a torch for ROCm, or for CUDA
-    if kind in ("update", "norm", "prologue"):
+    if kind in ("update", "norm", "prologue", "reduce", "units"):
         kernel, signature, constants, chosen = step_launch(kind, what, lanes)
     else:
         kernel, signature, constants, chosen = objective_launch(kind, what[0], lanes)
@@ -153,7 +205,7 @@ def compile_variant(name: str) -> tuple[str, dict]:
 def step_launch(kind: str, what: list, lanes: int) -> tuple:
     """(kernel, signature, constants, options) of a step's launch."""
     from fused_clip_adam.backends import triton_step
-    from fused_clip_adam.backends.device_table import Launch
+    from fused_clip_adam.backends.device_table import Launch, UnitLaunch, Units
 
     seen = []
     # The launch functions state constants and options; catch them instead of launching.
@@ -161,28 +213,38 @@ def step_launch(kind: str, what: list, lanes: int) -> tuple:
     triton_step._THREADS, triton_step._TAIL = lanes * triton_step._WARPS, 2 * lanes * triton_step._WARPS
     tensor = types.SimpleNamespace(numel=lambda: 5)
     dtypes = STORAGE[what[0]] if what else (F32,) * 3
-    options = RULES[what[1]] if kind == "update" else {}
+    options = RULES[what[1]] if kind == "update" else REDUCTIONS[what[1]] if kind == "reduce" else {}
     launch = Launch(0, dtypes, 0, 1, 4096, 4096, options.get("strided", False))
     placed = types.SimpleNamespace(
-        **dict.fromkeys(("device", "fixed", "fresh", "partials", "scalars", "finished"), tensor),
+        **dict.fromkeys(("fixed", "fresh", "partials", "pairs", "scalars", "finished"), tensor),
+        device="cpu",
         launches=[launch],
         rows=1,
         chunks_at=0,
+        units=lambda: Units(tensor, [1], tensor, [[UnitLaunch(dtypes, 0, 1)]]),
     )
     if kind == "norm":
         triton_step.grad_square_sums(placed)
     elif kind == "prologue":
-        triton_step.prologue(placed, tensor, tensor, tensor, tensor, tensor, tensor, True, tensor)
+        triton_step.prologue(placed, *[tensor] * 7, True)
+    elif kind == "reduce":
+        triton_step.rows_of_pairs = lambda *_: None
+        flags = (options.get("coupled", False), options.get("spiked", False), tensor if options.get("units") else None)
+        triton_step.reduce(placed, tensor, 0, 0, options["kind"], *flags)
+    elif kind == "units":
+        triton_step.unit_sums(placed, 0)
     else:
         triton_step.update_(
             placed,
-            None,
+            tensor,
+            0,
             0,
             options.get("coupled", False),
             options.get("amsgrad", False),
             options.get("rule", 0),
             options.get("block", 1),
-            tensor if options.get("gather") else None,
+            options.get("guarded", False),
+            *(tensor if options.get(name) else None for name in ("units", "dots", "gather")),
         )
     ((kernel, chosen),) = seen
     signature = {p.name: "constexpr" if p.is_constexpr else POINTERS.get(p.name, "i32") for p in kernel.params}
@@ -365,6 +427,7 @@ def dry_steps() -> dict:
     # A multiple of 16, or not, and more than one chunk, are all one compilation; blocks past 2^31 are another.
     cases = [(n, clip, None) for n in (16, 17, 100_003) for clip in (1.0, None)]
     cases += [(17, 1.0, fca.AlignedMomentum(block)) for block in (2**20, 2**48)]
+    cases += [(n, clip, None) for n in (16, 17, 100_003) for clip in (fca.UpdateRMS(), fca.AGC())]
     for elements, clip, rule in cases:
         params = [torch.nn.Parameter(torch.zeros(elements)) for _ in range(1 + elements % 3)]
         opt = fca.FusedClipAdamW(params, backend="triton", grad_clip=clip, overshoot=rule)
@@ -378,7 +441,7 @@ def dry_steps() -> dict:
             opt.step()
             launches[f"{elements}, {clip}, {rule}, {scale is not None}"] = list(driver.launched)
     compiled = {}
-    for name in ("norm_kernel", "prologue_kernel", "update_kernel"):
+    for name in ("norm_kernel", "prologue_kernel", "update_kernel", "reduce_kernel", "unit_kernel"):
         (cache, *_), *_ = getattr(triton_step, name).device_caches.values()
         compiled[name] = len(cache)
     return {"launches": launches, "compiled": compiled, **dry_objectives()}
@@ -456,6 +519,15 @@ def test_nothing_spills(compiled, name):
     assert (facts["stack"], facts["spill_stores"], facts["spill_loads"]) == (0, 0, 0)
 
 
+def check_reduction(facts: dict, reduction: str) -> None:
+    """Every stream in accesses of 16 bytes, four a thread where it is alone, else two."""
+    options = REDUCTIONS[reduction]
+    kind, coupled, spiked = options["kind"], options.get("coupled", False), options.get("spiked", False)
+    momentum = kind in (1, 2)
+    streams = 1 + (coupled or kind == 6) + momentum + (kind in (3, 4, 6) or (spiked and momentum))
+    assert facts["widths"]["ld 16"] >= (4 if streams == 1 else 2 * streams)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_aligned_tiles_move_16_bytes_at_a_time(compiled, name):
     _target, kind, *what = VARIANTS[name]
@@ -468,6 +540,13 @@ def test_aligned_tiles_move_16_bytes_at_a_time(compiled, name):
         assert facts["widths"]["ld 16"] == accesses
         if kind == "logits_backward":
             assert facts["widths"]["st 16"] == 2 * accesses  # zeros have a loop of their own
+        return
+    if kind == "units":
+        # Gradient and parameter, of output rows that share a tile or are alone: 8 elements a thread.
+        assert facts["widths"]["ld 16"] >= 4 * 8 * BYTES[STORAGE[what[0]][0]] // 16
+        return
+    if kind == "reduce":
+        check_reduction(facts, what[1])
         return
     if kind not in ("update", "norm") or facts["tile"].get("PADDED"):
         return
@@ -534,13 +613,20 @@ def dry_run() -> dict:
 def test_three_launches_a_step(dry_run):
     for case, launched in dry_run["launches"].items():
         norm = ["norm_kernel"] if ", 1.0," in case else []
-        assert launched == [*norm, "prologue_kernel", "update_kernel"], case
+        sums = ["reduce_kernel"] if "UpdateRMS" in case else ["unit_kernel"] if "AGC" in case else []
+        assert launched == [*norm, "prologue_kernel", *sums, "update_kernel"], case
 
 
 def test_sizes_do_not_compile_anew(dry_run):
     # With a norm or without; the prologue also with GradScaler and observed masses or without; the norm and the update
-    # also with sizes past 2^31.
-    assert dry_run["compiled"] == {"norm_kernel": 2, "prologue_kernel": 4, "update_kernel": 4}
+    # also with sizes past 2^31; the update also with output rows.
+    assert dry_run["compiled"] == {
+        "norm_kernel": 2,
+        "prologue_kernel": 4,
+        "update_kernel": 5,
+        "reduce_kernel": 1,
+        "unit_kernel": 1,
+    }
 
 
 def test_launches_of_an_objective(dry_run):

@@ -37,6 +37,8 @@ from fused_clip_adam.backends import (
     host_table,
     native,
     reference,
+    reference_step,
+    scalars,
     triton_logits,
     triton_objective,
     triton_step,
@@ -320,25 +322,31 @@ def test_runs_are_bitwise_repeatable():
 # ---------------------------------------------------------------- the prologue and the launches by themselves
 
 
-def place_one(p: torch.Tensor, grad: torch.Tensor, steps: list[float], group: list[float], step_dtype=torch.float32):
+def place_one(p: torch.Tensor, grad: torch.Tensor, steps: list[float], group: dict, step_dtype=torch.float32):
     """Tables of len(steps) rows that share everything but their step; and what must stay alive."""
     n = len(steps)
     states = [torch.zeros_like(p) for _ in range(2 * n)]
     params, own_steps = [p.clone() for _ in range(n)], [torch.tensor(float(t), dtype=step_dtype) for t in steps]
     table = triton_step.tensor_table(params, [grad] * n, states[:n], states[n:], [], own_steps, [], 0)
-    scalars = torch.tensor([group], dtype=torch.float64)
-    placed = triton_step.place([table], scalars, [1], None, torch.device("cpu"), False)
+    placed = triton_step.place([table], group_scalars(group), [1], None, torch.device("cpu"), False)
     return placed, (params, states, own_steps, grad)
 
 
-def call_prologue(placed, **signals):
-    names = ("square_sums", "grad_scale", "found_inf", "observed")
+def group_scalars(*groups: dict) -> torch.Tensor:
+    return torch.tensor([[group[name] for name in scalars.GROUP_SCALARS] for group in groups], dtype=torch.float64)
+
+
+def call_prologue(placed, backend=triton_step, **signals):
+    names = ("group_signals", "square_sums", "grad_scale", "found_inf", "observed")
     books = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
-    triton_step.prologue(placed, *(signals.get(name) for name in names), *books, False, None)
-    return placed.scalars
+    return backend.prologue(placed, *(signals.get(name) for name in names), *books, False)
 
 
-PLAIN = [0.9, 0.999, -1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.01, 1e-8, 0.0, 0.0, math.inf, 0.0, 0.0]
+PLAIN = {
+    **dict.fromkeys(scalars.GROUP_SCALARS, 0.0),
+    **dict(beta1=0.9, beta2=0.999, max_norm=-1.0, sign=1.0, lr=0.01, eps=1e-8, max_update=math.inf),
+}
+COLUMN = scalars.COLUMN
 
 
 @interpreted
@@ -346,26 +354,67 @@ PLAIN = [0.9, 0.999, -1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.01, 1e-8, 0.0, 0.0, math.i
 @pytest.mark.parametrize("beta", (0.0, 0.5, 0.9, 0.999, 1 - 1e-9))
 def test_bias_corrections_are_exact_at_every_step(beta, step_dtype):
     steps = [0, 1, 2, 9, 10, 99, 692, 693, 5000, 99_999, 10_000_000]
-    placed, _held = place_one(torch.zeros(1), torch.zeros(1), steps, [beta, beta, *PLAIN[2:]], step_dtype)
+    placed, _held = place_one(
+        torch.zeros(1), torch.zeros(1), steps, {**PLAIN, "beta1": beta, "beta2": beta}, step_dtype
+    )
     got = call_prologue(placed)
     with decimal.localcontext(prec=60):
         for t, row in zip(steps, got.tolist()):
             W = 1 - decimal.Decimal(beta) ** (t + 1)
-            assert row[7] == pytest.approx(float(1 / W), rel=2e-15)
-            assert row[8] == pytest.approx(float(1 / W.sqrt()), rel=2e-15)
+            assert row[COLUMN["inv_w1"]] == pytest.approx(float(1 / W), rel=2e-15)
+            assert row[COLUMN["inv_sqrt_w2"]] == pytest.approx(float(1 / W.sqrt()), rel=2e-15)
 
 
 @interpreted
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 def test_learning_rate_is_read_where_it_is(dtype):
     lr = torch.tensor(0.03, dtype=dtype)
-    group = list(PLAIN)
-    placed, _held = place_one(torch.zeros(4), torch.zeros(4), [0.0], group)
+    placed, _held = place_one(torch.zeros(4), torch.zeros(4), [0.0], PLAIN)
     view = placed.fresh[placed.rows :]
-    view[13], view[14] = lr.data_ptr(), int(dtype == torch.float64)
-    assert call_prologue(placed)[0, 10].item() == lr.double().item()
+    view[scalars.GROUP_SCALARS.index("lr_address")] = lr.data_ptr()
+    view[scalars.GROUP_SCALARS.index("lr_is_f64")] = int(dtype == torch.float64)
+    assert call_prologue(placed)[0, COLUMN["lr"]].item() == lr.double().item()
     lr.fill_(0.5)
-    assert call_prologue(placed)[0, 10].item() == 0.5
+    assert call_prologue(placed)[0, COLUMN["lr"]].item() == 0.5
+
+
+@interpreted
+@needs_native
+@pytest.mark.parametrize("signals", (None, (1.0, 1.0, 0.5), (2.0, 0.0, 0.0), (0.0, 1.0, 1.0)), ids=str)
+@pytest.mark.parametrize("step_dtype", (torch.float32, torch.float64))
+def test_prologue_equals_cpu_operator(step_dtype, signals):
+    groups = [
+        {**PLAIN, "weight_decay": 0.1, "eps_early": 1.0, "max_norm": 0.5},
+        {**PLAIN, "weight_decay": 0.1, "decay_after": 1.0, "brake_mode": 1.0, "brake_strength": 0.7, "max_update": 2.0},
+        {**PLAIN, "weight_decay": 0.1, "coupled": 1.0, "sign": -1.0, "brake_mode": 2.0, "brake_strength": 0.7},
+    ]
+    group_signals = None
+    if signals is not None:  # of the last two groups; the first is as without
+        group_signals = torch.tensor([(0.0, 0.0, 1.0), signals, signals], dtype=torch.float64)
+    given = dict(
+        group_signals=group_signals,
+        square_sums=torch.tensor([3.0, 0.25], dtype=torch.float64),
+        grad_scale=torch.tensor(8.0),
+        observed=torch.tensor([0.3, 1.2]),
+    )
+    results = []
+    for backend in (triton_step, native):
+        tables, written = [], []
+        for index in range(len(groups)):
+            p, m, v = (torch.zeros(3) for _ in range(3))
+            for weighed in (False, True):
+                step = torch.tensor(4.0, dtype=step_dtype)
+                weights = [torch.tensor([0.3, 0.2], dtype=torch.float64)] if weighed else []
+                tables.append(backend.tensor_table([p], [torch.ones(3)], [m], [v], [], [step], weights, index))
+                written += [step, *weights]
+                p, m, v = (torch.zeros(3) for _ in range(3))
+        placed = backend.place(tables, group_scalars(*groups), [1] * len(tables), None, torch.device("cpu"), False)
+        results.append((call_prologue(placed, backend, **given)[:, : len(scalars.SCALARS)], written))
+    (got, got_written), (expected, expected_written) = results
+    assert torch.allclose(got, expected, rtol=4e-15, atol=0)
+    exact = [COLUMN[name] for name in ("forget", "keep", "theta", "spike_floor", "tau", "tau_factor", "prox")]
+    assert torch.equal(got[:, exact], expected[:, exact])
+    assert bitwise_equal(got_written, expected_written)
 
 
 @interpreted
@@ -374,7 +423,7 @@ def test_gathered_sum_leaves_the_counter_at_zero():
     placed, _held = place_one(torch.zeros_like(grad), grad, [0.0, 0.0], PLAIN)
     call_prologue(placed, grad_scale=torch.tensor(2.0))
     total = torch.tensor(1.0, dtype=torch.float64)
-    triton_step.update_(placed, None, 0, False, False, 0, 1, total)
+    triton_step.update_(placed, placed.scalars, 0, 0, False, False, 0, 1, False, None, None, total)
     assert float(total) == pytest.approx(1 + 2 * float(grad.double().square().sum()) / 4, rel=1e-14)
     assert int(placed.finished) == 0
 
@@ -385,6 +434,218 @@ def test_a_failed_launch_names_the_kernel(monkeypatch):
     monkeypatch.setattr(triton_step, "_PROLOGUE_ROWS", "many")
     with pytest.raises(RuntimeError, match="prologue_kernel"):
         call_prologue(placed)
+
+
+# ---------------------------------------------------------------- what rules use: guards, reductions, output rows
+
+
+def transposed(rows: int, cols: int):
+    return torch.empty(cols, rows).t()
+
+
+STRANGE = {
+    "0-d": torch.empty(()),
+    "empty": torch.empty(3, 0, 2),
+    "one": torch.empty(1, 1),
+    "narrow": torch.empty(700, 3),
+    "aligned rows": torch.empty(70, 48),
+    "rows longer than a tile": torch.empty(2, 1500),
+    "vector": torch.empty(CHUNK + 1029),
+    "3-d": torch.empty(5, 7, 11),
+    "transposed": transposed(37, 40),
+    "holes": torch.empty(50, 60)[:, ::2],
+}
+"""Shapes and strides of parameters."""
+
+
+class Twins:
+    """The same tensors as two backends see them: one batch a dtype, with random moments, gradients and scalars."""
+
+    def __init__(self, like, *dtypes, guards=True, gradients_strided=False, seed=0):
+        own = torch.Generator().manual_seed(seed)
+        self.tensors = []  # of each batch: params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs
+        for dtype in dtypes:
+            lists = []
+            for slot in range(5):
+                made = [self._filled(x, dtype, own) for x in like]
+                if slot == 1 and gradients_strided:
+                    made = [g.t().contiguous().t() if g.dim() == 2 else g for g in made]
+                if slot > 2:
+                    made = [v.square_() for v in made]
+                lists.append(made)
+            self.tensors.append(lists)
+        self.values = torch.cat([random_scalars(len(like), guards, own) for _ in dtypes])
+        self.rows = len(like)
+
+    @staticmethod
+    def _filled(like, dtype, own):
+        out = torch.empty_strided(like.size(), like.stride(), dtype=dtype)
+        return out.copy_(torch.randn(like.size(), generator=own, dtype=torch.float64))
+
+    def place(self, backend, amsgrad=False, block=1):
+        """(placed, tensors): copies, in the strides of the originals."""
+        copies = [
+            [[torch.empty_strided(x.size(), x.stride(), dtype=x.dtype).copy_(x) for x in own] for own in lists]
+            for lists in self.tensors
+        ]
+        tables = []
+        for params, grads, exp_avgs, exp_avg_sqs, maxima in copies:
+            steps = [torch.zeros(()) for _ in params]
+            tables.append(
+                backend.tensor_table(params, grads, exp_avgs, exp_avg_sqs, maxima if amsgrad else [], steps, [], 0)
+            )
+        device = torch.device("cpu")
+        placed = backend.place(tables, group_scalars(PLAIN), [block] * len(tables), None, device, False)
+        return placed, [x for lists in copies for own in lists for x in own]
+
+
+def random_scalars(rows: int, guards: bool, own: torch.Generator) -> torch.Tensor:
+    """[rows, WIDTH] as rules may leave them, exact in float32; every guard acts in some rows and not in others."""
+    uniform = torch.rand(rows, scalars.WIDTH, generator=own, dtype=torch.float64)
+
+    def some(name: str, value: float, otherwise: float) -> torch.Tensor:
+        return torch.where(uniform[:, COLUMN[name]] < 0.5, value, otherwise)
+
+    out = {name: torch.zeros(rows, dtype=torch.float64) for name in scalars.SCALARS}
+    out |= {name: 0.1 + uniform[:, COLUMN[name]] for name in ("grad_factor", "a", "b", "beta2", "one_minus_beta2")}
+    out |= {name: 0.1 + 2 * uniform[:, COLUMN[name]] for name in ("inv_w1", "inv_sqrt_w2", "lr", "decay", "l2")}
+    out |= {"unscale": torch.full_like(out["skip"], 0.5), "eps": some("eps", 1e-8, 1e-2)}
+    out |= {"max_update": some("max_update", 0.6, math.inf)}
+    out |= {"keep": torch.ones(rows), "theta": torch.full((rows,), math.inf), "tau": torch.full((rows,), math.inf)}
+    out |= {"tau_factor": torch.ones(rows)}
+    if guards:
+        out |= {"forget": torch.floor(3 * uniform[:, COLUMN["forget"]]), "keep": some("keep", 1.0, 0.0)}
+        out |= {"theta": some("theta", 0.8, math.inf), "spike_floor": some("spike_floor", 0.0, 0.4)}
+        out |= {"tau": some("tau", 0.7, math.inf), "tau_factor": some("tau_factor", 0.4, 0.9)}
+        out |= {"prox": some("prox", 0.3, 0.0)}
+    columns = [out[name].float().double() for name in scalars.SCALARS]
+    return torch.stack([*columns, *[torch.zeros(rows).double()] * (scalars.WIDTH - len(columns))], dim=1)
+
+
+def unit_factors(backend, placed, batch: int) -> torch.Tensor:
+    own = torch.Generator().manual_seed(batch)
+    return 0.2 + torch.rand(len(backend.unit_sums(placed, batch)), generator=own, dtype=torch.float64)
+
+
+def update_both(twins: Twins, rule: int, block: int = 1, *, amsgrad=False, coupled=False, guarded=True, units=False):
+    """What the two backends write, and their sums: ((tensors, dots, squares), the same of the CPU kernel)."""
+    out = []
+    for backend in (triton_step, native):
+        placed, tensors = twins.place(backend, amsgrad, block if rule == reference_step.ALIGN_BLOCK else 1)
+        dots = backend.new_dots(placed, len(twins.values)) if guarded else None
+        squares = torch.ones((), dtype=torch.float64)
+        for batch in range(len(twins.tensors)):
+            factors = unit_factors(backend, placed, batch) if units else None
+            options = (batch * twins.rows, coupled, amsgrad, rule, block, guarded, factors, dots, squares)
+            backend.update_(placed, twins.values, batch, *options)
+        out.append((tensors, None if dots is None else backend.by_tensor(placed, dots), squares))
+    return out
+
+
+def assert_updates_agree(twins: Twins, *arguments, **options) -> None:
+    (got, got_dots, got_squares), (expected, dots, squares) = update_both(twins, *arguments, **options)
+    assert bitwise_equal(got, expected)
+    assert torch.allclose(got_squares, squares, rtol=1e-13, atol=0)
+    if dots is not None:  # sums of float64 in another order, of the momentum that the step has not forgotten
+        forgotten = twins.values[:, COLUMN["forget"]] == scalars.FORGET_BEFORE
+        assert not got_dots[forgotten].any()
+        assert torch.allclose(got_dots, dots, rtol=1e-12, atol=1e-12)
+
+
+ALL_RULES = {
+    name: getattr(reference_step, name)
+    for name in ("NONE", "ALIGN_BLOCK", "ALIGN_ELEMENT", "CAUTIOUS", "GRAMS", "ATAN2")
+}
+
+
+@interpreted
+@needs_native
+@pytest.mark.parametrize("amsgrad, coupled", ((False, False), (True, True)), ids=("plain", "amsgrad, L2"))
+@pytest.mark.parametrize("rule", ALL_RULES)
+def test_guarded_update_equals_cpu_kernel_bit_for_bit(rule, amsgrad, coupled):
+    twins = Twins([torch.empty(5, 13)] * 23 + [torch.empty(2, 1100)], torch.float32, torch.bfloat16, torch.float64)
+    for units in (False, True):
+        assert_updates_agree(twins, ALL_RULES[rule], 7, amsgrad=amsgrad, coupled=coupled, units=units)
+
+
+@interpreted
+@needs_native
+def test_momentum_without_a_gradient_is_told_from_none():
+    twins = Twins([torch.empty(9, 31)] * 2, torch.float32, guards=False)
+    _, grads, exp_avgs, *_ = twins.tensors[0]
+    for zero in (*grads, exp_avgs[1]):
+        zero.zero_()
+    for _, dots, _ in update_both(twins, reference_step.NONE):
+        assert dots[0] < 0 and dots[1] == 0
+
+
+@interpreted
+@needs_native
+def test_fadam_equals_cpu_kernel_bit_for_bit():
+    twins = Twins(STRANGE.values(), *DTYPES, guards=False)
+    assert_updates_agree(twins, reference_step.FADAM, guarded=False)
+
+
+@interpreted
+@needs_native
+@pytest.mark.parametrize("gradients_strided", (False, True))
+@pytest.mark.parametrize("block", (None, 1, 7, 16, 1024, 2500))
+def test_output_rows_of_every_layout(block, gradients_strided):
+    rule = reference_step.NONE if block is None else reference_step.ALIGN_BLOCK
+    twins = Twins(STRANGE.values(), torch.float32, torch.bfloat16, gradients_strided=gradients_strided, seed=2)
+    assert_updates_agree(twins, rule, block or 1, units=True)
+
+
+@interpreted
+@needs_native
+@pytest.mark.parametrize(
+    "kind, coupled, guards, units",
+    [
+        (kind, coupled, guards, units)
+        for kind in range(7)
+        for coupled in ((False, True) if scalars.DOT <= kind <= scalars.METRIC else (False,))
+        for guards, units in ((False, False), (True, False), (True, True))
+        if kind != scalars.SQUARES_MAX or not guards  # it reads raw gradients, and no scalar
+    ],
+)
+def test_reductions_equal_cpu_operator(kind, coupled, guards, units):
+    # One element a tensor: sums have one term, and no order. Then sums in another order.
+    for like, exact in (([torch.empty(())] * 30, True), (list(STRANGE.values()), False)):
+        twins = Twins(like, *DTYPES, guards=guards, seed=3)
+        values = None if kind == scalars.SQUARES_MAX else twins.values
+        (ours, _held), (theirs, _kept) = twins.place(triton_step), twins.place(native)
+        for batch in range(len(DTYPES)):
+            factors = unit_factors(triton_step, ours, batch) if units else None
+            options = (values, batch, batch * twins.rows, kind, coupled, guards, factors)
+            got, expected = triton_step.reduce(ours, *options), native.reduce(theirs, *options)
+            assert got.shape == (twins.rows, 2) and got[:, 0].any()
+            if exact:
+                assert torch.equal(got, expected)
+            else:
+                assert torch.allclose(got, expected, rtol=1e-12, atol=1e-12)
+                assert kind > 0 or torch.equal(got[:, 1], expected[:, 1])
+
+
+@interpreted
+def test_largest_gradient_passes_over_nan():
+    grad = torch.arange(3000.0)
+    grad[[5, 2999]] = math.nan
+    placed, _held = place_one(torch.zeros_like(grad), grad, [0.0], PLAIN)
+    (pair,) = triton_step.reduce(placed, None, 0, 0, scalars.SQUARES_MAX, False, False, None).tolist()
+    assert math.isnan(pair[0]) and pair[1] == 2998
+
+
+@interpreted
+@needs_native
+@pytest.mark.parametrize("gradients_strided", (False, True))
+def test_unit_sums_equal_cpu_operator(gradients_strided):
+    like = [*STRANGE.values(), torch.empty(3, 5000), torch.empty(2, 6001), torch.empty(1300, 1)]
+    twins = Twins(like, *DTYPES, gradients_strided=gradients_strided)
+    (ours, _held), (theirs, _kept) = twins.place(triton_step), twins.place(native)
+    for batch in range(len(DTYPES)):
+        got, expected = triton_step.unit_sums(ours, batch), native.unit_sums(theirs, batch)
+        assert got.shape == expected.shape
+        assert torch.allclose(got, expected, rtol=1e-13, atol=0)
 
 
 # ---------------------------------------------------------------- past 2^31 and 2^32 elements: addresses, not accesses

@@ -29,8 +29,7 @@ STABLE_TORCH_LIBRARY(fused_clip_adam, m) {
       "Tensor? found_inf, Tensor? observed, Tensor(a!) grad_square_sum, Tensor(b!) steps_skipped, bool skip_nonfinite) "
       "-> Tensor");
   m.def("tensor_scalars(Tensor table, Tensor group_scalars, Tensor control) -> Tensor");
-  m.def(
-      "reduce(Tensor table, Tensor? scalars, int kind, bool coupled, bool guarded, Tensor? unit_factors) -> Tensor");
+  m.def("reduce(Tensor table, Tensor? scalars, int kind, bool coupled, bool spiked, Tensor? unit_factors) -> Tensor");
   m.def("unit_sums(Tensor table) -> Tensor");
   m.def(
       "update_(Tensor table, Tensor scalars, bool coupled, bool amsgrad, int overshoot, int block, bool guarded, "

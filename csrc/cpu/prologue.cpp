@@ -1,4 +1,5 @@
-// Phase 2: every scalar of the step, in float64: unscale, norm, clip coefficient, skip, brake; then those of each tensor.
+// Phase 2: every scalar of the step, in float64: unscale, norm, clip coefficient, skip, brake; then those of each
+// tensor.
 #include <optional>
 
 #include "../update_math.h"

@@ -14,7 +14,7 @@ struct Streams {
   const T *param, *grad, *exp_avg, *exp_avg_sq;  // null where the kind does not read it
 };
 
-template <typename T, Sum KIND, bool COUPLED, bool GUARDED>
+template <typename T, Sum KIND, bool COUPLED, bool SPIKED>
 FCA_INLINE Summand reduce_tile_body(const Streams<T>& streams, int64_t n, const StepScalars<T>& scalars) {
   const T* __restrict param = streams.param;
   const T* __restrict grad = streams.grad;
@@ -25,8 +25,8 @@ FCA_INLINE Summand reduce_tile_body(const Streams<T>& streams, int64_t n, const 
   double x[kLanes] = {}, y[kLanes] = {};
   const auto add = [&](int64_t lane, int64_t i) FCA_LAMBDA_INLINE {
     const T p = reads_param(KIND) || COUPLED ? param[i] : T(0);
-    const Summand own = summand<T, GUARDED>(KIND, COUPLED, p, grad[i], reads_exp_avg(KIND) ? exp_avg[i] : T(0),
-                                   reads_exp_avg_sq(KIND, GUARDED) ? exp_avg_sq[i] : T(0), s);
+    const Summand own = summand<T>(KIND, COUPLED, p, grad[i], reads_exp_avg(KIND) ? exp_avg[i] : T(0),
+                                   reads_exp_avg_sq(KIND, SPIKED) ? exp_avg_sq[i] : T(0), s);
     x[lane] += own.x;
     if (KIND == Sum::SQUARES_MAX) {
       y[lane] = own.y > y[lane] ? own.y : y[lane];
@@ -40,7 +40,7 @@ FCA_INLINE Summand reduce_tile_body(const Streams<T>& streams, int64_t n, const 
       FCA_PREFETCH(grad + i + j + kFetch);
       if (reads_param(KIND) || COUPLED) FCA_PREFETCH(param + i + j + kFetch);
       if (reads_exp_avg(KIND)) FCA_PREFETCH(exp_avg + i + j + kFetch);
-      if (reads_exp_avg_sq(KIND, GUARDED)) FCA_PREFETCH(exp_avg_sq + i + j + kFetch);
+      if (reads_exp_avg_sq(KIND, SPIKED)) FCA_PREFETCH(exp_avg_sq + i + j + kFetch);
     }
     for (int64_t j = 0; j < kLanes; ++j) add(j, i + j);
   }
@@ -53,7 +53,7 @@ FCA_INLINE Summand reduce_tile_body(const Streams<T>& streams, int64_t n, const 
   }
   return out;
 }
-FCA_LEAF((typename T, Sum KIND, bool COUPLED, bool GUARDED), (T, KIND, COUPLED, GUARDED), Summand, reduce_tile,
+FCA_LEAF((typename T, Sum KIND, bool COUPLED, bool SPIKED), (T, KIND, COUPLED, SPIKED), Summand, reduce_tile,
          (const Streams<T>& streams, int64_t n, const StepScalars<T>& scalars), (streams, n, scalars))
 
 Summand joined(Sum kind, Summand left, Summand right) {
@@ -61,7 +61,7 @@ Summand joined(Sum kind, Summand left, Summand right) {
   return {left.x + right.x, y};
 }
 
-template <typename T, Sum KIND, bool COUPLED, bool GUARDED>
+template <typename T, Sum KIND, bool COUPLED, bool SPIKED>
 Summand reduce_chunk(const Table& table, const Chunk& chunk, const StepScalars<T>& scalars,
                      const double* unit_factors) {
   const Row& row = table.row[chunk.row];
@@ -74,9 +74,10 @@ Summand reduce_chunk(const Table& table, const Chunk& chunk, const StepScalars<T
     if (unit_factors != nullptr) scale_units(grad, row, unit_factors, i, n);
     if (reads_param(KIND) || COUPLED) param.read(table, row, PARAM, flat, i, n);
     if (reads_exp_avg(KIND)) exp_avg.read(table, row, EXP_AVG, flat, i, n);
-    if (reads_exp_avg_sq(KIND, GUARDED)) exp_avg_sq.read(table, row, EXP_AVG_SQ, flat, i, n);
-    sum = joined(KIND, sum, reduce_tile<T, KIND, COUPLED, GUARDED>(
-                                {param.data, grad.data, exp_avg.data, exp_avg_sq.data}, n, scalars));
+    if (reads_exp_avg_sq(KIND, SPIKED)) exp_avg_sq.read(table, row, EXP_AVG_SQ, flat, i, n);
+    sum = joined(
+        KIND, sum,
+        reduce_tile<T, KIND, COUPLED, SPIKED>({param.data, grad.data, exp_avg.data, exp_avg_sq.data}, n, scalars));
   }
   return sum;
 }
@@ -85,24 +86,24 @@ template <typename T>
 using ReduceChunk = Summand (*)(const Table&, const Chunk&, const StepScalars<T>&, const double*);
 
 template <typename T, Sum KIND>
-ReduceChunk<T> choose_flags(bool coupled, bool guarded) {
-  if (guarded) return coupled ? reduce_chunk<T, KIND, true, true> : reduce_chunk<T, KIND, false, true>;
+ReduceChunk<T> choose_flags(bool coupled, bool spiked) {
+  if (spiked) return coupled ? reduce_chunk<T, KIND, true, true> : reduce_chunk<T, KIND, false, true>;
   return coupled ? reduce_chunk<T, KIND, true, false> : reduce_chunk<T, KIND, false, false>;
 }
 
 template <typename T>
-ReduceChunk<T> choose(Sum kind, bool coupled, bool guarded) {
+ReduceChunk<T> choose(Sum kind, bool coupled, bool spiked) {
   switch (kind) {
     case Sum::SQUARES_MAX:
       return reduce_chunk<T, Sum::SQUARES_MAX, false, false>;
     case Sum::DOT:
-      return choose_flags<T, Sum::DOT>(coupled, guarded);
+      return choose_flags<T, Sum::DOT>(coupled, spiked);
     case Sum::AGREE:
-      return choose_flags<T, Sum::AGREE>(coupled, guarded);
+      return choose_flags<T, Sum::AGREE>(coupled, spiked);
     case Sum::RMS:
-      return choose_flags<T, Sum::RMS>(coupled, guarded);
+      return choose_flags<T, Sum::RMS>(coupled, spiked);
     case Sum::METRIC:
-      return choose_flags<T, Sum::METRIC>(coupled, guarded);
+      return choose_flags<T, Sum::METRIC>(coupled, spiked);
     case Sum::TAU_SQUARES:
       return reduce_chunk<T, Sum::TAU_SQUARES, false, false>;
     case Sum::FADAM:
@@ -114,11 +115,11 @@ ReduceChunk<T> choose(Sum kind, bool coupled, bool guarded) {
 // float64[rows, 2], by tensor. scalars: float64[rows, kTensorScalars], absent for SQUARES_MAX, which needs none.
 // unit_factors: as of `update_`.
 Tensor reduce(const Tensor& table_tensor, std::optional<Tensor> scalars_tensor, int64_t kind_code, bool coupled,
-              bool guarded, std::optional<Tensor> unit_factors) {
+              bool spiked, std::optional<Tensor> unit_factors) {
   const Table table = read_table(table_tensor);
   const Sum kind = static_cast<Sum>(kind_code);
-  const ReduceChunk<float> reduce_f32 = choose<float>(kind, coupled, guarded);
-  const ReduceChunk<double> reduce_f64 = choose<double>(kind, coupled, guarded);
+  const ReduceChunk<float> reduce_f32 = choose<float>(kind, coupled, spiked);
+  const ReduceChunk<double> reduce_f64 = choose<double>(kind, coupled, spiked);
   check(kind == Sum::SQUARES_MAX || scalars_tensor, "this reduction needs scalars");
   const TensorScalars none = {};
   const TensorScalars* scalars = nullptr;

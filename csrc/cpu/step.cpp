@@ -9,37 +9,59 @@
 namespace fca {
 namespace {
 
-template <typename T, Overshoot RULE>
-UpdateChunk<T> choose_flags(bool amsgrad, bool coupled) {
-  if (amsgrad) return coupled ? update_chunk<T, RULE, true, true, false> : update_chunk<T, RULE, true, false, false>;
-  return coupled ? update_chunk<T, RULE, false, true, false> : update_chunk<T, RULE, false, false, false>;
+// MAKE<RULE, AMSGRAD, COUPLED>::get() of what is known only now.
+template <template <Overshoot, bool, bool> class MAKE, Overshoot RULE>
+auto choose_flags(bool amsgrad, bool coupled) {
+  if (amsgrad) return coupled ? MAKE<RULE, true, true>::get() : MAKE<RULE, true, false>::get();
+  return coupled ? MAKE<RULE, false, true>::get() : MAKE<RULE, false, false>::get();
 }
 
-template <typename T>
-UpdateChunk<T> choose(Overshoot rule, bool amsgrad, bool coupled, bool guarded) {
-  if (guarded) return choose_guarded<T>(rule, amsgrad, coupled);
+template <template <Overshoot, bool, bool> class MAKE>
+auto choose_rule(Overshoot rule, bool amsgrad, bool coupled) {
   switch (rule) {
     case Overshoot::NONE:
-      return choose_flags<T, Overshoot::NONE>(amsgrad, coupled);
+      return choose_flags<MAKE, Overshoot::NONE>(amsgrad, coupled);
     case Overshoot::ALIGN_BLOCK:
-      return choose_flags<T, Overshoot::ALIGN_BLOCK>(amsgrad, coupled);
+      return choose_flags<MAKE, Overshoot::ALIGN_BLOCK>(amsgrad, coupled);
     case Overshoot::ALIGN_ELEMENT:
-      return choose_flags<T, Overshoot::ALIGN_ELEMENT>(amsgrad, coupled);
+      return choose_flags<MAKE, Overshoot::ALIGN_ELEMENT>(amsgrad, coupled);
     case Overshoot::CAUTIOUS:
-      return choose_flags<T, Overshoot::CAUTIOUS>(amsgrad, coupled);
+      return choose_flags<MAKE, Overshoot::CAUTIOUS>(amsgrad, coupled);
     case Overshoot::GRAMS:
-      return choose_flags<T, Overshoot::GRAMS>(amsgrad, coupled);
+      return choose_flags<MAKE, Overshoot::GRAMS>(amsgrad, coupled);
     case Overshoot::ATAN2:
-      return choose_flags<T, Overshoot::ATAN2>(amsgrad, coupled);
+      return choose_flags<MAKE, Overshoot::ATAN2>(amsgrad, coupled);
     case Overshoot::FADAM:
       check(!amsgrad && !coupled, "FAdam has neither amsgrad nor coupled weight decay");
-      return update_chunk<T, Overshoot::FADAM, false, false, false>;
+      return MAKE<Overshoot::FADAM, false, false>::get();
   }
   fail("unknown overshoot rule ", static_cast<int64_t>(rule));
 }
 
-// scalars: float64[rows, kTensorScalars], of the prologue. unit_factors: float64[output rows of the table]. momentum_dots:
-// float64[rows], receives sum m g of each tensor. grad_square_sum: float64 0-d, added to.
+template <typename T>
+struct Chunks {
+  template <Overshoot RULE, bool AMSGRAD, bool COUPLED>
+  struct Make {
+    static UpdateChunk<T> get() { return update_chunk<T, RULE, AMSGRAD, COUPLED, false>; }
+  };
+};
+
+template <typename T, typename S>
+struct Tiles {
+  template <Overshoot RULE, bool AMSGRAD, bool COUPLED>
+  struct Make {
+    static UpdateTile<T, S> get() { return update_tile<T, S, RULE, AMSGRAD, COUPLED, false>; }
+  };
+};
+
+template <typename T>
+UpdateChunk<T> choose(Overshoot rule, bool amsgrad, bool coupled, bool guarded) {
+  if (guarded) return choose_guarded<T>(rule, amsgrad, coupled);
+  return choose_rule<Chunks<T>::template Make>(rule, amsgrad, coupled);
+}
+
+// scalars: float64[rows, kTensorScalars], of the prologue. unit_factors: float64[output rows of the table].
+// momentum_dots: float64[rows], receives sum m g of each tensor. grad_square_sum: float64 0-d, added to.
 void update_(const Tensor& table_tensor, const Tensor& scalars_tensor, bool coupled, bool amsgrad, int64_t overshoot,
              int64_t block, bool guarded, std::optional<Tensor> unit_factors, std::optional<Tensor> momentum_dots,
              std::optional<Tensor> grad_square_sum) {
@@ -93,6 +115,16 @@ void update_(const Tensor& table_tensor, const Tensor& scalars_tensor, bool coup
 }
 
 }  // namespace
+
+template <typename T, typename S>
+UpdateTile<T, S> plain_tile(Overshoot rule, bool amsgrad, bool coupled) {
+  return choose_rule<Tiles<T, S>::template Make>(rule, amsgrad, coupled);
+}
+template UpdateTile<float, float> plain_tile<float, float>(Overshoot, bool, bool);
+template UpdateTile<float, BFloat16> plain_tile<float, BFloat16>(Overshoot, bool, bool);
+template UpdateTile<float, Float16> plain_tile<float, Float16>(Overshoot, bool, bool);
+template UpdateTile<double, double> plain_tile<double, double>(Overshoot, bool, bool);
+
 }  // namespace fca
 
 STABLE_TORCH_LIBRARY_IMPL(fused_clip_adam, CPU, m) { m.impl("update_", TORCH_BOX(&fca::update_)); }

@@ -24,7 +24,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_clip_adam, m) {
       "bool skip_nonfinite, Tensor(c!) scalars) -> ()");
   m.def(
       "cuda_reduce(Tensor fixed, Tensor fresh, int chunks_at, int first_chunk, int chunks, int chunk_size, "
-      "int param_dtype, int grad_dtype, int state_dtype, Tensor? scalars, int kind, bool coupled, bool guarded, "
+      "int param_dtype, int grad_dtype, int state_dtype, Tensor? scalars, int kind, bool coupled, bool spiked, "
       "Tensor? unit_factors, Tensor? unit_starts, Tensor(a!) pairs) -> ()");
   m.def(
       "cuda_unit_sums(Tensor fixed, Tensor fresh, Tensor unit_chunks, int first_chunk, int chunks, int param_dtype, "

@@ -18,7 +18,7 @@ struct Signals {
   const GroupSignals* groups;  // of every group, or null
 };
 
-__global__ void __launch_bounds__(kPrologueThreads)
+__global__ void __launch_bounds__(kPrologueThreads, 1)
     prologue_kernel(const Row* rows, int64_t row_count, const GroupScalars* groups, Signals signals,
                     double* grad_square_sum, int64_t* steps_skipped, TensorScalars* scalars) {
   __shared__ double fold[kPrologueThreads / kWarp];

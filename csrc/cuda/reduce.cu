@@ -1,7 +1,7 @@
 // Sums over the elements of each tensor, or of each of its output rows, that rules need before the update.
 //
-// Bytes per float32 element: 4 (g), and 4 more for each other tensor that `summand` reads; 16 B written a chunk. What is
-// summed is a uniform switch at run time: about ten operations an element where a pass has room for a hundred.
+// Bytes per float32 element: 4 (g), and 4 more for each other tensor that `summand` reads; 16 B written a chunk. What
+// is summed is a uniform switch at run time: about ten operations an element where a pass has room for a hundred.
 #include <optional>
 
 #include "rows.h"
@@ -16,8 +16,8 @@ struct ReduceWork {
   int64_t chunk_size;
   const TensorScalars* scalars;  // null for SQUARES_MAX
   Sum kind;
-  bool coupled, guarded;
-  const double* unit_factors;   // of the output rows, and where each row's begin; or null
+  bool coupled, spiked;
+  const double* unit_factors;  // of the output rows, and where each row's begin; or null
   const int64_t* unit_starts;
   Summand* pairs;  // one a chunk
 };
@@ -31,13 +31,12 @@ __device__ __forceinline__ void reduce_tile_of(const RowAccess& row, const StepS
   T p[kHeld] = {}, g[kHeld], m[kHeld] = {}, v[kHeld] = {};
   row.template read<GRAD, WHOLE>(span, g);
   if (reads_exp_avg(work.kind)) row.template read<EXP_AVG, WHOLE>(span, m);
-  if (reads_exp_avg_sq(work.kind, work.guarded)) row.template read<EXP_AVG_SQ, WHOLE>(span, v);
+  if (reads_exp_avg_sq(work.kind, work.spiked)) row.template read<EXP_AVG_SQ, WHOLE>(span, v);
   if (reads_param(work.kind) || work.coupled) row.template read<PARAM, WHOLE>(span, p);
   units.scale(row, span, g);
 #pragma unroll
   for (int j = 0; j < kHeld; ++j) {
-    // Where no rule has set a guard they let everything through: one kernel for both.
-    const Summand own = summand<T, true>(work.kind, work.coupled, p[j], g[j], m[j], v[j], s);
+    const Summand own = summand<T>(work.kind, work.coupled, p[j], g[j], m[j], v[j], s);
     const int64_t i = span.base + RowAccess::place(j);
     if (!WHOLE && (i < span.begin || i >= span.end)) continue;
     sum.x += own.x;
@@ -85,7 +84,7 @@ __device__ __forceinline__ StepScalars<double> scalars_of(const ReduceWork& work
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) reduce_singles_kernel(ReduceWork work) {
+__global__ void __launch_bounds__(kThreads, 2) reduce_singles_kernel(ReduceWork work) {
   __shared__ double fold[kThreads / kWarp];
   const Chunk chunk = work.chunks[blockIdx.x];
   const Row& row = reinterpret_cast<const Row*>(work.fixed)[chunk.row];
@@ -103,8 +102,8 @@ __global__ void __launch_bounds__(kThreads) reduce_runs_kernel(ReduceWork work) 
   const RunsOfRow<SP, SG, SS> access(row, work.grads[chunk.row]);
   const Units units = units_of(work, chunk, row);
   const bool runs = row.flat != 0 && access.fits() && (units.factors == nullptr || row.strided == 0);
-  const Summand sum = runs ? reduce_chunk(access, s, work, units, chunk.begin, end)
-                           : reduce_singles<float>(work, chunk, row, end, s);
+  const Summand sum =
+      runs ? reduce_chunk(access, s, work, units, chunk.begin, end) : reduce_singles<float>(work, chunk, row, end, s);
   store_pair(work, sum, fold);
 }
 
@@ -112,24 +111,23 @@ using ReduceKernel = void (*)(ReduceWork);
 
 void cuda_reduce(const Tensor& fixed, const Tensor& fresh, int64_t chunks_at, int64_t first_chunk, int64_t chunks,
                  int64_t chunk_size, int64_t param_dtype, int64_t grad_dtype, int64_t state_dtype,
-                 std::optional<Tensor> scalars, int64_t kind, bool coupled, bool guarded,
+                 std::optional<Tensor> scalars, int64_t kind, bool coupled, bool spiked,
                  std::optional<Tensor> unit_factors, std::optional<Tensor> unit_starts, const Tensor& pairs) {
   check(kind >= 0 && kind <= static_cast<int64_t>(Sum::FADAM), "unknown reduction ", kind);
   check(scalars || kind == static_cast<int64_t>(Sum::SQUARES_MAX), "this reduction needs scalars");
   check(unit_factors.has_value() == unit_starts.has_value(), "unit_factors go with unit_starts");
   const int64_t* words = const_data<int64_t>(fixed);
-  const ReduceWork work = {
-      words,
-      const_data<int64_t>(fresh),
-      reinterpret_cast<const Chunk*>(words + chunks_at) + first_chunk,
-      chunk_size,
-      scalars ? reinterpret_cast<const TensorScalars*>(const_data<double>(*scalars)) : nullptr,
-      static_cast<Sum>(kind),
-      coupled,
-      guarded,
-      unit_factors ? const_data<double>(*unit_factors) : nullptr,
-      unit_starts ? const_data<int64_t>(*unit_starts) : nullptr,
-      reinterpret_cast<Summand*>(mutable_data<double>(pairs)) + first_chunk};
+  const ReduceWork work = {words,
+                           const_data<int64_t>(fresh),
+                           reinterpret_cast<const Chunk*>(words + chunks_at) + first_chunk,
+                           chunk_size,
+                           scalars ? reinterpret_cast<const TensorScalars*>(const_data<double>(*scalars)) : nullptr,
+                           static_cast<Sum>(kind),
+                           coupled,
+                           spiked,
+                           unit_factors ? const_data<double>(*unit_factors) : nullptr,
+                           unit_starts ? const_data<int64_t>(*unit_starts) : nullptr,
+                           reinterpret_cast<Summand*>(mutable_data<double>(pairs)) + first_chunk};
   const DType param = static_cast<DType>(param_dtype), grad = static_cast<DType>(grad_dtype),
               state = static_cast<DType>(state_dtype);
 #define FCA_KERNEL(SP, SG, SS) reduce_runs_kernel<SP, SG, SS>
@@ -168,9 +166,9 @@ __device__ __forceinline__ double squares_of_thread(DType dtype, int64_t address
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) unit_sums_kernel(const int64_t* fixed, const int64_t* grads,
-                                                             const Chunk* chunks, const int64_t* starts,
-                                                             Summand* sums) {
+__global__ void __launch_bounds__(kThreads)
+    unit_sums_kernel(const int64_t* fixed, const int64_t* grads, const Chunk* chunks, const int64_t* starts,
+                     Summand* sums) {
   __shared__ double fold[kThreads / kWarp];
   const Chunk chunk = chunks[blockIdx.x];  // begin: the first output row
   const Row& row = reinterpret_cast<const Row*>(fixed)[chunk.row];

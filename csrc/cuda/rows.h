@@ -81,18 +81,16 @@ struct Units {
 };
 
 // The row's 5 storage types that have loops of their own: what CALL<SP, SG, SS> makes of them, else `otherwise`.
-#define FCA_CHOOSE_RUNS(param, grad, state, CALL, otherwise)                          \
-  [&]() -> decltype(otherwise) {                                                      \
-    const auto is = [&](DType p, DType g, DType s) {                                  \
-      return (param) == p && (grad) == g && (state) == s;                             \
-    };                                                                                \
-    constexpr DType F32 = DType::F32, BF16 = DType::BF16, F16 = DType::F16;           \
-    if (is(F32, F32, F32)) return CALL(float, float, float);                          \
-    if (is(BF16, BF16, BF16)) return CALL(BFloat16, BFloat16, BFloat16);              \
-    if (is(BF16, BF16, F32)) return CALL(BFloat16, BFloat16, float);                  \
-    if (is(BF16, F32, F32)) return CALL(BFloat16, float, float);                      \
-    if (is(F16, F16, F32)) return CALL(Float16, Float16, float);                      \
-    return otherwise;                                                                 \
+#define FCA_CHOOSE_RUNS(param, grad, state, CALL, otherwise)                                                \
+  [&]() -> decltype(otherwise) {                                                                            \
+    const auto is = [&](DType p, DType g, DType s) { return (param) == p && (grad) == g && (state) == s; }; \
+    constexpr DType F32 = DType::F32, BF16 = DType::BF16, F16 = DType::F16;                                 \
+    if (is(F32, F32, F32)) return CALL(float, float, float);                                                \
+    if (is(BF16, BF16, BF16)) return CALL(BFloat16, BFloat16, BFloat16);                                    \
+    if (is(BF16, BF16, F32)) return CALL(BFloat16, BFloat16, float);                                        \
+    if (is(BF16, F32, F32)) return CALL(BFloat16, float, float);                                            \
+    if (is(F16, F16, F32)) return CALL(Float16, Float16, float);                                            \
+    return otherwise;                                                                                       \
   }()
 
 }  // namespace fca

@@ -185,13 +185,13 @@ __device__ __forceinline__ Sums update_chunk(const RowAccess& access, const Step
 // word of four elements a thread: five blocks of 48 registers were 2% faster on an H200 than three blocks of eight
 // elements a thread and 80 registers. Where ptxas would spill a few bytes it is fewer.
 template <int HELD>
-constexpr int blocks_at_once(Overshoot rule, bool f64) {
+constexpr int blocks_at_once(Overshoot rule, bool f64, bool coupled) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   return HELD == 4 ? 4 : 2;
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
   return HELD == 4 ? 4 : f64 || rule == Overshoot::ALIGN_BLOCK ? 2 : 3;
 #else
-  return f64 ? 2 : HELD == 4 ? 5 : 3;
+  return f64 || (rule == Overshoot::ALIGN_BLOCK && HELD == 8 && coupled) ? 2 : HELD == 4 ? 5 : 3;
 #endif
 }
 
@@ -202,8 +202,8 @@ struct Work {
   int64_t chunk_size;
   const TensorScalars* scalars;
   int64_t block;
-  // Of the guarded kernels alone: the rule, whether weight decay is coupled, factors of output rows and where each row's
-  // begin, sums of m g by chunk. The addresses may be null.
+  // Of the guarded kernels alone: the rule, whether weight decay is coupled, factors of output rows and where each
+  // row's begin, sums of m g by chunk. The addresses may be null.
   Overshoot rule;
   bool coupled;
   const double* unit_factors;
@@ -277,7 +277,8 @@ __device__ __forceinline__ Sums update_runs(const Work& work, const Place& place
 
 // Tensors of any dtype and layout, and amsgrad.
 template <typename T, Overshoot RULE, bool AMSGRAD, bool COUPLED>
-__global__ void __launch_bounds__(kThreads, blocks_at_once<1>(RULE, sizeof(T) == 8)) update_singles_kernel(Work work) {
+__global__ void __launch_bounds__(kThreads, blocks_at_once<1>(RULE, sizeof(T) == 8, COUPLED))
+    update_singles_kernel(Work work) {
   __shared__ Shared shared;
   const Chunk chunk = work.chunks[chunk_index()];
   const TensorScalars& scalars = work.scalars[chunk.row];
@@ -291,7 +292,7 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once<1>(RULE, sizeof(T) ==
 // Storage types known: 16 bytes a thread, except for rows whose tensors are strided or start at different distances
 // from a 16-byte boundary.
 template <typename SP, typename SG, typename SS, Overshoot RULE, bool COUPLED>
-__global__ void __launch_bounds__(kThreads, blocks_at_once<16 / sizeof(SP)>(RULE, false))
+__global__ void __launch_bounds__(kThreads, blocks_at_once<16 / sizeof(SP)>(RULE, false, COUPLED))
     update_runs_kernel(Work work) {
   __shared__ Shared shared;
   const Chunk chunk = work.chunks[chunk_index()];
@@ -303,8 +304,8 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once<16 / sizeof(SP)>(RULE
   if (work.grad_square_sum != nullptr) gather_norm(work, sums.squares, scalars.unscale, shared);
 }
 
-// The same for rules that look at the guards of StepScalars, and for FAdam: the rule is a uniform switch at run time, as
-// seven times two kernels more for every pair above would double what is compiled, for rules that few use.
+// The same for rules that look at the guards of StepScalars, and for FAdam: the rule is a uniform switch at run time,
+// as seven times two kernels more for every pair above would double what is compiled, for rules that few use.
 __device__ __forceinline__ Options guarded_options(const Work& work, const Chunk& chunk, const Row& row) {
   const double* factors = work.unit_factors == nullptr ? nullptr : work.unit_factors + work.unit_starts[chunk.row];
   return {work.rule, work.coupled, work.dots != nullptr, {factors, row.unit}};
@@ -319,6 +320,12 @@ __device__ __forceinline__ void finish_guarded(const Work& work, const Sums& sum
   if (work.grad_square_sum != nullptr) gather_norm(work, sums.squares, unscale, shared);
 }
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+constexpr int kGuardedBlocks = 3;  // of float32; elsewhere ptxas would spill a few bytes
+#else
+constexpr int kGuardedBlocks = 2;
+#endif
+
 template <typename T, bool AMSGRAD>
 __global__ void __launch_bounds__(kThreads, 2) update_singles_guarded_kernel(Work work) {
   __shared__ Shared shared;
@@ -332,7 +339,8 @@ __global__ void __launch_bounds__(kThreads, 2) update_singles_guarded_kernel(Wor
 }
 
 template <typename SP, typename SG, typename SS>
-__global__ void __launch_bounds__(kThreads, sizeof(SP) == 4 ? 3 : 2) update_runs_guarded_kernel(Work work) {
+__global__ void __launch_bounds__(kThreads, sizeof(SP) == 4 ? kGuardedBlocks : 2)
+    update_runs_guarded_kernel(Work work) {
   __shared__ Shared shared;
   const Chunk chunk = work.chunks[chunk_index()];
   const TensorScalars& scalars = work.scalars[chunk.row];

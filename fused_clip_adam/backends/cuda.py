@@ -88,7 +88,7 @@ def reduce(
     first: int,
     kind: int,
     coupled: bool,
-    guarded: bool,
+    spiked: bool,
     unit_factors: Tensor | None,
 ) -> Tensor:
     """One launch, and a few to fold its sums. See reference_step.py."""
@@ -105,7 +105,7 @@ def reduce(
                 values,
                 kind,
                 coupled,
-                guarded,
+                spiked,
                 unit_factors,
                 None if unit_factors is None else placed.units().starts,
                 placed.pairs,

@@ -95,12 +95,12 @@ def reduce(
     first: int,
     kind: int,
     coupled: bool,
-    guarded: bool,
+    spiked: bool,
     unit_factors: Tensor | None,
 ) -> Tensor:
     """See reference_step.py."""
     rows = _rows_of(placed, values, batch, first)
-    return _reduce(placed.tables[batch], rows, kind, coupled, guarded, unit_factors)
+    return _reduce(placed.tables[batch], rows, kind, coupled, spiked, unit_factors)
 
 
 def unit_sums(placed: Placed, batch: int) -> Tensor:

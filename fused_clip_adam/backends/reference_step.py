@@ -339,7 +339,7 @@ def reduce(
     first: int,
     kind: int,
     coupled: bool,
-    guarded: bool,
+    spiked: bool,
     unit_factors: Tensor | None,
 ) -> Tensor:
     """Sums over the elements of each tensor of a batch: float64 [tensors, 2], see `summand`.
@@ -347,7 +347,8 @@ def reduce(
     Args:
         values: the prologue's, [tensors of all batches, 24]; None for SQUARES_MAX. first: the batch's first row there.
         kind: see scalars.py. coupled: weight decay is an L2 term of the gradient.
-        guarded, unit_factors: as of `update_`: the sums are over the gradient that it sees.
+        spiked: False promises that no rule brings spikes down, so that `exp_avg_sq` need not be read for them.
+        unit_factors: as of `update_`. The sums are over the gradient that it sees.
     """
     table, out = placed.tables[batch], []
     factors = _by_tensor(table, unit_factors)
