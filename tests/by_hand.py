@@ -19,6 +19,8 @@ from fused_clip_adam.backends import native
 
 HOSTS = [("reference", "cpu"), *([] if native.unavailable() else [("cpu", "cpu")])]
 TARGETS = [*HOSTS, *gpu_targets().items()]
+FAST_TARGETS = [target for target in TARGETS if target != ("triton", "cpu")]
+"""Without Triton's interpreter: for what a rule does in torch, whatever the kernels."""
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 # A GPU's kernels run emulated, slowly, where there is none: one dtype shows the method, test_gpu_backends the others.
 EVERYWHERE = [(*target, dtype) for target in HOSTS for dtype in DTYPES]

@@ -12,7 +12,7 @@ import by_hand as hand
 import numpy as np
 import pytest
 import torch
-from by_hand import EVERYWHERE, TARGETS
+from by_hand import EVERYWHERE, FAST_TARGETS, TARGETS
 from cases import tolerance
 from no_sync import NoSync
 
@@ -215,7 +215,7 @@ def test_rule_is_the_specifications(backend, device, dtype, name):
     hand.compare(backend, device, dtype, dict(grad_clip=clip, **options), by_hand)
 
 
-@pytest.mark.parametrize("backend, device", TARGETS)
+@pytest.mark.parametrize("backend, device", FAST_TARGETS)
 @pytest.mark.parametrize("name", [name for name in SPECIFIED if "," not in name])
 def test_parameters_wait_for_their_gradients(backend, device, name):
     """What is remembered of one, its count included, is as it was."""
@@ -278,7 +278,7 @@ def make_with(backend: str, device: str, options: dict, **more):
                 **{k: v for k, v in options.items() if k != "grad_clip"}, **more)  # fmt: skip
 
 
-@pytest.mark.parametrize("backend, device", TARGETS)
+@pytest.mark.parametrize("backend, device", FAST_TARGETS)
 @pytest.mark.parametrize("name", REMEMBERING)
 @pytest.mark.parametrize("why", ("zero gradients and lr 0", "not finite", "found_inf"))
 @pytest.mark.parametrize("after", (0, 2, 9))
@@ -316,7 +316,7 @@ def test_step_without_information_changes_no_statistics(backend, device, name, w
     assert not equal(memory(opt), before) or name == "lagged gate"  # whose gate may stay as it is
 
 
-@pytest.mark.parametrize("backend, device", TARGETS)
+@pytest.mark.parametrize("backend, device", FAST_TARGETS)
 def test_checkpoint_step_leaves_what_a_fresh_optimizer_has(backend, device):
     """All that torch.distributed.checkpoint's first step may leave is zero moments, and a count that it overwrites."""
     opt, params = make_with(backend, device, MORE["many"])
@@ -384,7 +384,7 @@ def test_step_never_reads_the_device(name, monkeypatch):
 # ---------------------------------------------------------------- state, scaling, groups
 
 
-@pytest.mark.parametrize("backend, device", TARGETS)
+@pytest.mark.parametrize("backend, device", FAST_TARGETS)
 @pytest.mark.parametrize("name", (*REMEMBERING, "C-AdamW, rescaled"))
 @pytest.mark.parametrize("cut", (3, 8))
 def test_resuming_is_going_on(backend, device, name, cut):
@@ -411,7 +411,7 @@ def test_resuming_is_going_on(backend, device, name, cut):
     torch.optim.AdamW(own, lr=0.01).load_state_dict(opt.state_dict())  # torch ignores what it does not know
 
 
-@pytest.mark.parametrize("backend, device", TARGETS)
+@pytest.mark.parametrize("backend, device", FAST_TARGETS)
 @pytest.mark.parametrize("name", EVERY)
 def test_rules_see_unscaled_gradients(backend, device, name):
     opt, params = make_with(backend, device, EVERY[name])
@@ -427,7 +427,7 @@ def test_rules_see_unscaled_gradients(backend, device, name):
         assert torch.allclose(x, y, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("backend, device", TARGETS)
+@pytest.mark.parametrize("backend, device", FAST_TARGETS)
 def test_groups_have_their_own_rules_and_parameters_without_gradients_wait(backend, device):
     """Each group as in an optimizer where all groups have its rule; a group without a rule is not scaled."""
     grads = make_grads()

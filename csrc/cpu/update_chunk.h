@@ -67,15 +67,12 @@ FCA_INLINE void update_tile_body(TileSet<S> tiles, int64_t n, const StepScalars<
   constexpr int64_t kLine = 64 / sizeof(S), ahead = kAhead / sizeof(S);
   int64_t i = 0;
   for (; i + kLine <= n; i += kLine) {
-    if (RULE != Overshoot::ALIGN_BLOCK) {
-      FCA_PREFETCH(param + i + ahead);
-      FCA_PREFETCH(grad + i + ahead);
-      FCA_PREFETCH(exp_avg + i + ahead);
-      FCA_PREFETCH(exp_avg_sq + i + ahead);
-    } else {  // this block's reduction has fetched all of it already; the next one's begins with these
-      FCA_PREFETCH(grad + i + block);
-      FCA_PREFETCH(exp_avg + i + block);
-    }
+    // With a gate, the next logical block: its reduction will find all that its update reads as well.
+    const int64_t far = RULE == Overshoot::ALIGN_BLOCK ? block : ahead;
+    FCA_PREFETCH(param + i + far);
+    FCA_PREFETCH(grad + i + far);
+    FCA_PREFETCH(exp_avg + i + far);
+    FCA_PREFETCH(exp_avg_sq + i + far);
     for (int64_t j = i; j < i + kLine; ++j) update(j);
   }
   for (; i < n; ++i) update(i);
@@ -109,7 +106,7 @@ FCA_LEAF((typename T, bool COUPLED, bool GUARDED), (T, COUPLED, GUARDED), double
          (param, grad, exp_avg, exp_avg_sq, n, scalars))
 
 // sum m g and sum |m g| over a tile in float32, a third of the work: where the first is not small beside the second its
-// sign is that of the exact sum. `fetch`: streams that the update of the same elements will read, or null.
+// sign is that of the exact sum.
 struct DotEstimate {
   double sum = 0, size = 0;
 };
@@ -117,9 +114,7 @@ struct DotEstimate {
 template <bool COUPLED, bool GUARDED>
 FCA_INLINE DotEstimate momentum_estimate_tile_body(const float* __restrict param, const float* __restrict grad,
                                                    const float* __restrict exp_avg, const float* __restrict exp_avg_sq,
-                                                   int64_t n, const StepScalars<float>& scalars,
-                                                   const float* fetch_param, const float* fetch_exp_avg_sq) {
-  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(float));
+                                                   int64_t n, const StepScalars<float>& scalars) {
   const StepScalars<float> s = scalars;
   float sum[kLanes] = {}, size[kLanes] = {};
   const auto add = [&](int64_t lane, int64_t i) FCA_LAMBDA_INLINE {
@@ -130,12 +125,6 @@ FCA_INLINE DotEstimate momentum_estimate_tile_body(const float* __restrict param
   };
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    if (fetch_param != nullptr) {
-      for (int64_t j = 0; j < kLanes; j += kLine) {
-        FCA_PREFETCH(fetch_param + i + j);
-        FCA_PREFETCH(fetch_exp_avg_sq + i + j);
-      }
-    }
     for (int64_t j = 0; j < kLanes; ++j) add(j, i + j);
   }
   for (int64_t j = 0; i + j < n; ++j) add(j, i + j);
@@ -148,8 +137,8 @@ FCA_INLINE DotEstimate momentum_estimate_tile_body(const float* __restrict param
 }
 FCA_LEAF((bool COUPLED, bool GUARDED), (COUPLED, GUARDED), DotEstimate, momentum_estimate_tile,
          (const float* param, const float* grad, const float* exp_avg, const float* exp_avg_sq, int64_t n,
-          const StepScalars<float>& scalars, const float* fetch_param, const float* fetch_exp_avg_sq),
-         (param, grad, exp_avg, exp_avg_sq, n, scalars, fetch_param, fetch_exp_avg_sq))
+          const StepScalars<float>& scalars),
+         (param, grad, exp_avg, exp_avg_sq, n, scalars))
 
 // Whether the sign of the exact sum is known: 64 roundings of the terms are 4e-6 of their size, what underflows is less
 // than 1e-35. Not where anything is infinite or NaN.
@@ -240,10 +229,8 @@ ChunkSums update_chunk(const Table& table, const Chunk& chunk, const StepScalars
       for (int64_t i = start; i < stop; i += kTile) {
         const int64_t n = std::min(kTile, stop - i);
         read_for_dot(i, n);
-        const T* p = direct_slot<T>(row, PARAM, flat, i);
-        const T* v = direct_slot<T>(row, EXP_AVG_SQ, flat, i);
-        const DotEstimate own = momentum_estimate_tile<COUPLED, GUARDED>(
-            param.data, grad.data, exp_avg.data, exp_avg_sq.data, n, scalars, v == nullptr ? nullptr : p, v);
+        const DotEstimate own =
+            momentum_estimate_tile<COUPLED, GUARDED>(param.data, grad.data, exp_avg.data, exp_avg_sq.data, n, scalars);
         estimate = {estimate.sum + own.sum, estimate.size + own.size};
       }
       if (is_certain(estimate)) return estimate.sum > 0;
