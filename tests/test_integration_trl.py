@@ -222,6 +222,16 @@ def test_overshoot_by_hand():
     torch.testing.assert_close(actual, expected)
 
 
+def test_overshoot_of_gmpo_takes_its_bounds_in_log_space():
+    log_ratio = torch.tensor([[0.9, -0.9, 0.3]])
+    old_logp, mask = torch.full((1, 3), -1.0), torch.ones(1, 3)
+    objective = fca.GMPO(clip_low=0.5, clip_high=0.4)
+    up = overshoot(old_logp + log_ratio, old_logp, torch.ones(1), mask, objective)
+    down = overshoot(old_logp + log_ratio, old_logp, -torch.ones(1), mask, objective)
+    torch.testing.assert_close(up, torch.tensor([[0.5, 0.0, 0.0]]))
+    torch.testing.assert_close(down, torch.tensor([[0.0, 0.4, 0.0]]))
+
+
 def test_trained_weights_match_trl_with_adamw(tmp_path):
     """Two rollouts end to end: our loss, clip and AdamW in one against TRL's loss, clip_grad_norm_ and AdamW."""
     torch_adamw = dict(lr=1e-3, weight_decay=0.0)

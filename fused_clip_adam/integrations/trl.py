@@ -357,7 +357,10 @@ def overshoot(logp, old_logp, advantages, mask, objective):
         [B, T], 0 where masked.
     """
     log_ratio = _policy_log_ratio(logp, old_logp, mask, by_sequence=isinstance(objective, fca.GSPO))
-    low, high = torch.tensor([1.0 - objective.clip_low, 1.0 + objective.clip_high]).clamp(min=0.0).log().tolist()
+    if isinstance(objective, fca.GMPO):  # its bounds are of the log-ratio
+        low, high = -objective.clip_low, objective.clip_high
+    else:
+        low, high = torch.tensor([1.0 - objective.clip_low, 1.0 + objective.clip_high]).clamp(min=0.0).log().tolist()
     advantages = _per_token(advantages)
     above = (log_ratio - high).clamp(min=0.0) * (advantages > 0)
     below = (low - log_ratio).clamp(min=0.0) * (advantages < 0)

@@ -243,7 +243,7 @@ class MedianMomentum(Overshoot):
     Raises:
         ValueError: `tau` is not a positive finite number.
 
-    Source: the l1 proximal form of median momentum, as in arXiv 2402.06187.
+    Source: Schaipp et al. 2025 (arXiv 2402.12828), the stochastic proximal point method of the l1 distance.
     """
 
     stage: ClassVar[int] = 1  # before what sums over the new momentum
