@@ -70,9 +70,8 @@ class Part:
 
     def reduce(self, kind: int, at: int, effective: bool = False) -> Tensor:
         """float64 [rows of the batch, 2], see `reduce` of backends/reference_step.py."""
-        if not effective:
-            return self.backend.reduce(self.placed, self.scalars, at, self.firsts[at], kind, False, False, None)
-        options = (self.coupled[at], self.spiked[at], self.unit_factors.get(at))
+        as_seen = (self.coupled[at], self.spiked[at], self.unit_factors.get(at))
+        options = as_seen if effective else (False, False, None)
         return self.backend.reduce(self.placed, self.scalars, at, self.firsts[at], kind, *options)
 
 

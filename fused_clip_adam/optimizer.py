@@ -684,7 +684,7 @@ class _FusedClip:
             self._grad_square_sum = extra["grad_square_sum"].clone()
             self._steps_skipped = extra["steps_skipped"].clone()
             self._observed = None if extra["observed"] is None else extra["observed"].clone()
-            self._memory = _copied_memory(extra["memory"])
+            self._memory = _copied_memory(extra.get("memory", {}))
 
     def _copy_loaded(self, name: str, value: Tensor, saved: Any, p: Tensor) -> Tensor:
         # torch casts every floating state to the parameter's dtype; ours may be wider.

@@ -8,6 +8,8 @@ from by_hand import TARGETS
 from cases import RULES, assert_rounded_once, largest_error, make_stats, results, tolerance
 
 import fused_clip_adam as fca
+from fused_clip_adam.optimizer import _rules_of
+from fused_clip_adam.rules import grad_clip, overshoot, reset
 
 SHAPES = {"one tensor": [(37, 30)], "many": [(5,), (1, 1), (), (2049,), *[(3, 7)] * 6], "strided": [(9, 21), (4, 6)]}
 
@@ -67,10 +69,6 @@ def test_every_rule_is_in_the_matrix():
     used = set()
     for options in RULES.values():
         opt = fca.FusedClipAdamW([torch.nn.Parameter(torch.ones(1))], **options)
-        from fused_clip_adam.optimizer import _rules_of
-
         used |= {type(rule).__name__ for rule in _rules_of(opt.param_groups[0])}
-    from fused_clip_adam.rules import grad_clip, overshoot, reset
-
     every = {rule.__name__ for rule in (*grad_clip.RULES, *overshoot.RULES, *reset.RULES)}
     assert every - used == {"OnRollout"}, "OnRollout acts outside of the step; tests/test_resets.py has it"
