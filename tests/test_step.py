@@ -279,6 +279,33 @@ def test_block_gate_ignores_memory_order():
 
 
 @needs_native
+@pytest.mark.parametrize("coupled", (False, True))
+@pytest.mark.parametrize("amsgrad", (False, True))
+@pytest.mark.parametrize("block", (32, 1000, 1024, 4096, 65536))
+def test_gates_of_a_long_tensor(block, amsgrad, coupled):
+    # Over several chunks of 65536 elements, where the loop finds the gate of the next block while it updates this one.
+    # Blocks of zeros, of products that underflow float32, and of huge ones; the last block is cut short.
+    n = 3 * 65536 + 2 * block // 3
+    sizes = torch.tensor([1.0, 0.0, 1e-30, 1e25, 1e-3])[torch.arange(n) // block % 5]
+    start = torch.randn(n)
+    grads = [torch.randn(n) * sizes for _ in range(3)]
+    gated = {}
+    for backend, layout in (("cpu", "contiguous"), ("cpu", "strided"), ("reference", "contiguous")):
+        p = torch.nn.Parameter(start.clone() if layout == "contiguous" else start.repeat_interleave(2)[::2])
+        cls = fca.FusedClipAdam if coupled else fca.FusedClipAdamW
+        rule = fca.AlignedMomentum(block=block)
+        opt = cls([p], lr=1e-2, weight_decay=0.1, amsgrad=amsgrad, overshoot=rule, backend=backend)
+        opt.grad_scale = torch.tensor(1e-12)  # the factor enlarges what underflowed
+        for g in grads:
+            p.grad = g * 1e-12
+            opt.step()
+        gated[backend, layout] = p.detach()
+    assert torch.equal(gated["cpu", "contiguous"], gated["cpu", "strided"])  # which looks at no next block
+    wrong = (gated["cpu", "contiguous"] - gated["reference", "contiguous"]).abs()
+    assert float(wrong.max()) <= tolerance(torch.float32, 3)  # a wrong gate is off by 1e-3
+
+
+@needs_native
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norm_is_exact_and_never_overflows(dtype):
     shapes = [(100_003,), (1,), (17, 5), (0,)]

@@ -78,7 +78,7 @@ void update_(const Tensor& table_tensor, const Tensor& scalars_tensor, bool coup
   const UpdateChunk<float> update_f32 = choose<float>(rule, amsgrad, coupled, guarded);
   const UpdateChunk<double> update_f64 = choose<double>(rule, amsgrad, coupled, guarded);
   ChunkOptions options = {rule == Overshoot::ALIGN_BLOCK ? block : kTile, grad_square_sum.has_value(),
-                          momentum_dots.has_value(), nullptr};
+                          momentum_dots.has_value(), nullptr, false};
 
   for (int64_t r = 0; r < table.rows; ++r) {
     const Row& row = table.row[r];
@@ -91,14 +91,16 @@ void update_(const Tensor& table_tensor, const Tensor& scalars_tensor, bool coup
   std::vector<ChunkSums> partial(n);
   const double* factors = unit_factors ? const_data<double>(*unit_factors) : nullptr;
   torch::stable::parallel_for(0, n, chunk_grain(table, n), [&](int64_t first, int64_t last) {
-    // Backwards: the norm pass has just left the end of the gradients in the cache.
     ChunkOptions own = options;
-    for (int64_t c = last - 1; c >= first; --c) {
-      const int64_t r = chunks[c].row;
+    DotEstimate looked;
+    for (int64_t done = 0; done < last - first; ++done) {
+      // Backwards: the norm pass has just left the end of the gradients in the cache. But a gated block looks ahead.
+      const int64_t c = rule == Overshoot::ALIGN_BLOCK ? first + done : last - 1 - done, r = chunks[c].row;
       own.unit_factors = factors == nullptr ? nullptr : factors + starts[r];
+      own.goes_on = c + 1 < last && chunks[c + 1].row == r;
       partial[c] = table.row[r].dtype[PARAM] == DType::F64
-                       ? update_f64(table, chunks[c], scalars[r].step, own)
-                       : update_f32(table, chunks[c], rounded<float>(scalars[r].step), own);
+                       ? update_f64(table, chunks[c], scalars[r].step, own, looked)
+                       : update_f32(table, chunks[c], rounded<float>(scalars[r].step), own, looked);
     }
   });
   if (momentum_dots) {

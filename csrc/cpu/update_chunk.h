@@ -22,20 +22,29 @@ using UpdateTile = void (*)(TileSet<S>, int64_t n, const StepScalars<T>&, bool k
 template <typename T, typename S>
 UpdateTile<T, S> plain_tile(Overshoot rule, bool amsgrad, bool coupled);
 
+// sum m g and sum |m g| over a tile in float32, where the first is not small beside the second its
+// sign is that of the exact sum.
+struct DotEstimate {
+  double sum = 0, size = 0;
+};
+
 // What the loops need to know of a chunk beside its scalars.
 struct ChunkOptions {
   int64_t block;               // logical blocks of ALIGN_BLOCK, else kTile
   bool sum_squares;            // of the raw gradients
   bool sum_dots;               // of m g, before the update (GUARDED)
   const double* unit_factors;  // of this tensor's output rows, or null (GUARDED)
+  bool goes_on;                // the chunk behind this one in memory comes next
 };
 
 struct ChunkSums {
   double squares = 0, dot = 0;
 };
 
+// looked: what is known of the chunk's first block, and on return of the first block behind the chunk (ALIGN_BLOCK).
 template <typename T>
-using UpdateChunk = ChunkSums (*)(const Table&, const Chunk&, const StepScalars<T>&, const ChunkOptions&);
+using UpdateChunk = ChunkSums (*)(const Table&, const Chunk&, const StepScalars<T>&, const ChunkOptions&,
+                                  DotEstimate& looked);
 
 // The kernel of a rule that looks at the guards.
 template <typename T>
@@ -44,6 +53,19 @@ UpdateChunk<T> choose_guarded(Overshoot rule, bool amsgrad, bool coupled);
 // How far ahead of the arithmetic the streams are fetched, in bytes: 1 KiB was the best of 256 B to 4 KiB on a 2.5 GHz
 // Xeon (7% over none; 4 KiB cost 30%). Past the end of a tensor a prefetch is harmless: it cannot fault.
 constexpr int64_t kAhead = 1024;
+
+template <typename T, typename S, Overshoot RULE, bool AMSGRAD, bool COUPLED, bool GUARDED>
+FCA_INLINE void update_at(S* __restrict param, const S* __restrict grad, S* __restrict exp_avg,
+                          S* __restrict exp_avg_sq, S* __restrict max_exp_avg_sq, int64_t i, const StepScalars<T>& s,
+                          bool keep) {
+  T p = load_as<T>(param[i]), m = load_as<T>(exp_avg[i]), v = load_as<T>(exp_avg_sq[i]);
+  T v_max = AMSGRAD ? load_as<T>(max_exp_avg_sq[i]) : T(0);
+  update_element<T, AMSGRAD, GUARDED, false>(p, load_as<T>(grad[i]), m, v, v_max, s, RULE, COUPLED, keep);
+  param[i] = store_as<S>(p);
+  exp_avg[i] = store_as<S>(m);
+  exp_avg_sq[i] = store_as<S>(v);
+  if (AMSGRAD) max_exp_avg_sq[i] = store_as<S>(v_max);
+}
 
 // Storage S, arithmetic T. Where all tensors share a 16-bit storage type they are converted in registers here; through
 // tiles of float in L1 the same step took half as long again.
@@ -56,13 +78,7 @@ FCA_INLINE void update_tile_body(TileSet<S> tiles, int64_t n, const StepScalars<
   const S* __restrict grad = tiles.grad;
   const StepScalars<T> s = scalars;
   const auto update = [&](int64_t j) FCA_LAMBDA_INLINE {
-    T p = load_as<T>(param[j]), m = load_as<T>(exp_avg[j]), v = load_as<T>(exp_avg_sq[j]);
-    T v_max = AMSGRAD ? load_as<T>(max_exp_avg_sq[j]) : T(0);
-    update_element<T, AMSGRAD, GUARDED, false>(p, load_as<T>(grad[j]), m, v, v_max, s, RULE, COUPLED, keep);
-    param[j] = store_as<S>(p);
-    exp_avg[j] = store_as<S>(m);
-    exp_avg_sq[j] = store_as<S>(v);
-    if (AMSGRAD) max_exp_avg_sq[j] = store_as<S>(v_max);
+    update_at<T, S, RULE, AMSGRAD, COUPLED, GUARDED>(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, j, s, keep);
   };
   constexpr int64_t kLine = 64 / sizeof(S), ahead = kAhead / sizeof(S);
   int64_t i = 0;
@@ -81,6 +97,54 @@ FCA_LEAF((typename T, typename S, Overshoot RULE, bool AMSGRAD, bool COUPLED, bo
          (T, S, RULE, AMSGRAD, COUPLED, GUARDED), void, update_tile,
          (TileSet<S> tiles, int64_t n, const StepScalars<T>& scalars, bool keep, int64_t block),
          (tiles, n, scalars, keep, block))
+
+// `update_tile` of a gated block that gathers, `far` elements on, the DotEstimate of the next one: the update
+// waits for memory anyhow, and the next block's update will find its tensors in the cache. n: a multiple of kLanes.
+template <bool AMSGRAD, bool COUPLED>
+FCA_INLINE DotEstimate update_looking_body(TileSet<float> tiles, int64_t n, const StepScalars<float>& scalars,
+                                           bool keep, int64_t far) {
+  float* __restrict param = tiles.param;
+  float* __restrict exp_avg = tiles.exp_avg;
+  float* __restrict exp_avg_sq = tiles.exp_avg_sq;
+  float* __restrict max_exp_avg_sq = tiles.max_exp_avg_sq;
+  const float* __restrict grad = tiles.grad;
+  const float* __restrict far_param = tiles.param + far;
+  const float* __restrict far_exp_avg = tiles.exp_avg + far;
+  const StepScalars<float> s = scalars;
+  float sum[kLanes] = {}, size[kLanes] = {};
+  constexpr int64_t ahead = kAhead / sizeof(float);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    for (int64_t j = i; j < i + kLanes; j += 16) {
+      FCA_PREFETCH(param + j + far);
+      FCA_PREFETCH(grad + j + far + ahead);
+      FCA_PREFETCH(exp_avg + j + far + ahead);
+      FCA_PREFETCH(exp_avg_sq + j + far);
+    }
+    for (int64_t j = i; j < i + kLanes; ++j) {
+      update_at<float, float, Overshoot::ALIGN_BLOCK, AMSGRAD, COUPLED, false>(param, grad, exp_avg, exp_avg_sq,
+                                                                               max_exp_avg_sq, j, s, keep);
+    }
+    for (int64_t j = 0; j < kLanes; ++j) {
+      // Without an L2 term the factor of the gradient is left to the end.
+      const float g =
+          COUPLED ? seen_grad<float, false>(far_param[i + j], grad[i + j + far], 0.0f, s, true) : grad[i + j + far];
+      const float x = far_exp_avg[i + j] * g;
+      sum[j] += x;
+      size[j] += std::fabs(x);
+    }
+  }
+  DotEstimate out;
+  for (int64_t j = 0; j < kLanes; ++j) {
+    out.sum += static_cast<double>(sum[j]);
+    out.size += static_cast<double>(size[j]);
+  }
+  const double factor = COUPLED ? 1.0 : static_cast<double>(s.grad_factor);
+  if (out.size < 1e-30) return {0.0, HUGE_VAL};  // as good as unknown: the factor would enlarge what underflowed
+  return {out.sum * factor, out.size * std::fabs(factor)};
+}
+FCA_LEAF((bool AMSGRAD, bool COUPLED), (AMSGRAD, COUPLED), DotEstimate, update_looking,
+         (TileSet<float> tiles, int64_t n, const StepScalars<float>& scalars, bool keep, int64_t far),
+         (tiles, n, scalars, keep, far))
 
 // sum m g over a tile, for the block gate: products of float32 are exact in float64.
 template <typename T, bool COUPLED, bool GUARDED>
@@ -104,12 +168,6 @@ FCA_LEAF((typename T, bool COUPLED, bool GUARDED), (T, COUPLED, GUARDED), double
          (const T* param, const T* grad, const T* exp_avg, const T* exp_avg_sq, int64_t n,
           const StepScalars<T>& scalars),
          (param, grad, exp_avg, exp_avg_sq, n, scalars))
-
-// sum m g and sum |m g| over a tile in float32, a third of the work: where the first is not small beside the second its
-// sign is that of the exact sum.
-struct DotEstimate {
-  double sum = 0, size = 0;
-};
 
 template <bool COUPLED, bool GUARDED>
 FCA_INLINE DotEstimate momentum_estimate_tile_body(const float* __restrict param, const float* __restrict grad,
@@ -193,9 +251,16 @@ void clear(const TileSet<T>& tiles, int64_t n) {
   if (tiles.max_exp_avg_sq != nullptr) std::fill_n(tiles.max_exp_avg_sq, n, T(0));
 }
 
+// Whether a gated tensor's loop can be `update_looking`.
+template <typename T, Overshoot RULE, bool GUARDED>
+bool can_look(const Row& row, bool flat, int64_t block) {
+  if (GUARDED || RULE != Overshoot::ALIGN_BLOCK || sizeof(T) != 4 || !flat || block % kLanes != 0) return false;
+  return row.dtype[0] == DType::F32 && row.dtype[1] == DType::F32 && row.dtype[2] == DType::F32;
+}
+
 template <typename T, Overshoot RULE, bool AMSGRAD, bool COUPLED, bool GUARDED>
 ChunkSums update_chunk(const Table& table, const Chunk& chunk, const StepScalars<T>& scalars,
-                       const ChunkOptions& options) {
+                       const ChunkOptions& options, DotEstimate& looked) {
   const Row& row = table.row[chunk.row];
   const int64_t block = options.block;
   const bool units = GUARDED && options.unit_factors != nullptr, dots = GUARDED && options.sum_dots;
@@ -223,7 +288,8 @@ ChunkSums update_chunk(const Table& table, const Chunk& chunk, const StepScalars
     return momentum_dot_tile<T, COUPLED, GUARDED>(param.data, grad.data, exp_avg.data, exp_avg_sq.data, n, scalars);
   };
   // Whether the momentum of a logical block is kept: sum m g > 0. (All-zero momentum: either answer gives d = b g.)
-  const auto keeps = [&](int64_t start, int64_t stop) {
+  const auto keeps = [&](int64_t start, int64_t stop, const DotEstimate& looked) {
+    if (is_certain(looked)) return looked.sum > 0;
     if constexpr (sizeof(T) == 4) {
       DotEstimate estimate;
       for (int64_t i = start; i < stop; i += kTile) {
@@ -243,9 +309,25 @@ ChunkSums update_chunk(const Table& table, const Chunk& chunk, const StepScalars
   const bool acting =
       GUARDED && (scalars.tau < std::numeric_limits<T>::infinity() || scalars.keep == T(0) || scalars.prox != T(0));
   const bool spikes = GUARDED && scalars.theta < std::numeric_limits<T>::infinity();
+  const bool looking = can_look<T, RULE, GUARDED>(row, flat, block);
   for (int64_t start = chunk.begin; start < chunk.end; start += block) {
     const int64_t stop = std::min(start + block, chunk.end);
-    const bool keep = RULE == Overshoot::ALIGN_BLOCK ? keeps(start, stop) : true;
+    const bool keep = RULE == Overshoot::ALIGN_BLOCK ? keeps(start, stop, looked) : true;
+    looked = {};
+    if constexpr (sizeof(T) == 4 && RULE == Overshoot::ALIGN_BLOCK && !GUARDED) {
+      if (looking && stop + block <= (options.goes_on ? row.numel : chunk.end)) {
+        for (int64_t i = start; i < stop; i += kTile) {
+          const int64_t n = std::min(kTile, stop - i);
+          const DotEstimate own = update_looking<AMSGRAD, COUPLED>(stored_tile<float>(row, i), n, scalars, keep, block);
+          looked = {looked.sum + own.sum, looked.size + own.size};
+          if (options.sum_squares) {
+            grad.read(table, row, GRAD, flat, i, n);
+            sums.squares += sum_squares_tile<T, false>(grad.data, n);
+          }
+        }
+        continue;
+      }
+    }
     for (int64_t i = start; i < stop; i += kTile) {
       const int64_t n = std::min(kTile, stop - i);
       if constexpr (sizeof(T) == 4) {
