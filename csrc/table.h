@@ -23,8 +23,10 @@ struct Row {
   int64_t flat;    // 1: all tensors share one dense memory order
   int64_t
       strided;  // 0: all C-contiguous, else the offset, from the table's word 0, of (ndim, sizes, strides of the slots)
-  int64_t group;  // the parameter group: which row of group_scalars and control
-  int64_t unit;   // elements of an output row: of one index of the first dimension; all of them below two dimensions
+  int64_t group;    // the parameter group: which row of group_scalars and control
+  int64_t unit;     // elements of an output row: of one index of the first dimension; all of them below two dimensions
+  int64_t samples;  // < 0: the gradient slot is a gradient; else how many samples it stacks (samples.h)
+  int64_t sample;   // elements from one sample to the next
 };
 static_assert(sizeof(Row) % sizeof(int64_t) == 0, "rows are int64");
 constexpr int64_t kRow = sizeof(Row) / sizeof(int64_t);

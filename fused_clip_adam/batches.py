@@ -42,8 +42,11 @@ class Batch:
         )
 
 
-def collect(param_groups: list[dict[str, Any]]) -> list[Batch]:
+def collect(param_groups: list[dict[str, Any]], stacks: dict[Tensor, Tensor] | None = None) -> list[Batch]:
     """Batches of every parameter that has a gradient, in group order; states are not yet attached.
+
+    Args:
+        stacks: of samples, by parameter, in the place of gradients (samples.py, which has checked their dtypes).
 
     Raises:
         TypeError: sparse, complex or non-floating tensors, or a dtype pair the kernels do not know.
@@ -54,7 +57,7 @@ def collect(param_groups: list[dict[str, Any]]) -> list[Batch]:
         last: tuple = ()
         batch = None
         for position, p in enumerate(group["params"]):
-            grad = p.grad
+            grad = p.grad if stacks is None else stacks.get(p)
             if grad is None:
                 continue
             # Everything a kind of tensor can be refused for is in `kind`, so it is checked once a kind, and a model of
@@ -64,7 +67,7 @@ def collect(param_groups: list[dict[str, Any]]) -> list[Batch]:
                 batch = batches.get((index, *kind))
                 last = kind
                 if batch is None:
-                    _check_kind(f'param_groups[{index}]["params"][{position}]', p, grad)
+                    _check_kind(f'param_groups[{index}]["params"][{position}]', p, grad, stacks is not None)
                     batch = batches[(index, *kind)] = Batch(group=index, device=p.device)
             batch.positions.append(position)
             batch.params.append(p)
@@ -110,7 +113,7 @@ def attach_states(
         batch.bias_weights = [own.get("bias_weights") for own in states]
 
 
-def _check_kind(name: str, p: Tensor, grad: Tensor) -> None:
+def _check_kind(name: str, p: Tensor, grad: Tensor, stacked: bool) -> None:
     if is_traceable_wrapper_subclass(p):
         raise TypeError(f"{name} is a {type(p).__name__}; this version updates plain tensors only (use .to_local())")
     if p.device.type == "meta" or grad.device.type == "meta":
@@ -121,7 +124,7 @@ def _check_kind(name: str, p: Tensor, grad: Tensor) -> None:
         raise TypeError(f"{name} has layout {p.layout}; accepted: dense (torch.strided)")
     if p.dtype not in FLOATING:
         raise TypeError(f"{name} is {p.dtype}; accepted: float64, float32, bfloat16, float16")
-    if grad.dtype not in (p.dtype, torch.float32):
+    if not stacked and grad.dtype not in (p.dtype, torch.float32):
         raise TypeError(f"{name} is {p.dtype} with a {grad.dtype} gradient; accepted: {p.dtype} or torch.float32")
     if grad.device != p.device:
         raise ValueError(f"{name} is on {p.device} but its gradient on {grad.device}")

@@ -35,7 +35,9 @@ class Part:
     gathered: Any = None  # what the update pass adds its gradients' squares to
     placed: Any = None
     square_sums: Any = None  # of phase 1: its own, as the backend gives them
+    summed_by_tensor: bool = False  # `square_sums` are one number a tensor on every backend
     maxima: Any = None  # float64 [rows], of phase 1: the largest |g| of each tensor
+    samples: Any = None  # PlacedSamples, where the step's gradient is made of them
     scalars: Any = None  # float64 [rows, WIDTH], of the prologue
     unit_factors: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # by batch
     dots: Any = None  # the update's sums of m g
@@ -64,9 +66,12 @@ class Part:
         return tensor
 
     def find_maxima(self) -> None:
-        """Phase 1 where a rule needs the largest |g| of every tensor: it comes with the sums of squares."""
+        """Phase 1 where a rule needs the largest |g| of every tensor, or the gradient is made of samples: it comes with
+        the sums of squares.
+        """
         both = torch.cat([self.reduce(scalars.SQUARES_MAX, at) for at in range(len(self.batches))])
         self.square_sums, self.maxima = both[:, 0].contiguous(), both[:, 1]
+        self.summed_by_tensor = True
 
     def reduce(self, kind: int, at: int, effective: bool = False) -> Tensor:
         """float64 [rows of the batch, 2], see `reduce` of backends/reference_step.py."""
@@ -232,7 +237,7 @@ class GroupStep:
         out = []
         for part, at, batch in self._own():
             values = getattr(part, name)
-            if by_tensor:
+            if by_tensor and not (name == "square_sums" and part.summed_by_tensor):
                 values = part.backend.by_tensor(part.placed, values)
             out.append(values[part.firsts[at] : part.firsts[at] + len(batch.params)])
         return out

@@ -10,7 +10,7 @@ Rules that the prologue kernel does not know change the scalars between 2 and 3,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ from fused_clip_adam import backends
 from fused_clip_adam.backends.scalars import GROUP_SIGNALS
 from fused_clip_adam.batches import Batch, attach_states, collect
 from fused_clip_adam.group_step import GroupStep, Layout, Part, StepFacts, layout, moved
+from fused_clip_adam.objectives.losses import check_tensor, policy_loss
+from fused_clip_adam.objectives.objective import Objective
+from fused_clip_adam.objectives.ppo import PPO
 from fused_clip_adam.objectives.stats import ClipStats
 from fused_clip_adam.rules import (
     AlignedMomentum,
@@ -42,6 +45,7 @@ from fused_clip_adam.rules import (
 from fused_clip_adam.rules.overshoot import FisherUpdate
 from fused_clip_adam.rules.plain import KEYS as RULE_KEYS
 from fused_clip_adam.rules.plain import is_plain
+from fused_clip_adam.samples import Samples, noise_of, sample_factors, score_weights, stacks_of
 
 _AS_RULE = {"grad_clip": as_grad_clip, "overshoot": as_overshoot, "reset": as_reset}
 _FORM_KEYS = ("eps_before_correction", "decay_after_update")
@@ -173,14 +177,170 @@ class _FusedClip:
             self._step()
         return loss
 
-    def _step(self) -> None:
+    @torch.compiler.disable
+    @torch.optim.Optimizer.profile_hook_step  # as torch does around `step`: hooks, and a name in a profile
+    def step_from_scores(
+        self,
+        scores: Sequence[Tensor | None] | dict[Tensor, Tensor],
+        logp: Tensor,
+        old_logp: Tensor,
+        advantages: Tensor,
+        *,
+        mask: Tensor | None = None,
+        objective: Objective = PPO(),
+        aggregation: str | None = None,
+        max_sample_norm: float | None = None,
+        noise_multiplier: float = 0.0,
+        noise_generator: torch.Generator | None = None,
+        **options: Any,
+    ) -> ClipStats:
+        """One step from per-sample scores: ratio clip, policy gradient, moments and correction in one pass over memory.
+
+        logp, old_logp, advantages -> w = d loss / d logp -> g = sum_b w_b S_b (in registers) -> moments -> write-back
+
+        The policy gradient is never in memory, and `.grad` is neither read nor written. Equal to
+        `policy_loss(...).backward()` and `step()`, where S_b is d logp_b / d parameter. A sample whose weight is 0,
+        because it is clipped or masked, is not even read.
+
+        Args:
+            scores: for every parameter, in the order of the param groups, a tensor [B, *its shape] of d logp_b /
+                d parameter (`per_sample_scores` makes them; `torch.func.vmap(grad(...))`), float32, bfloat16 or
+                float16 (float64 or float32 for a float64 parameter), on its device; None for a parameter that stays as
+                it is. Or a dict by parameter. With logp [B, T]: [B, T, *shape] of single tokens; or [B, *shape], the
+                sum of a sequence's token scores, for objectives that weigh all tokens of a sequence alike (GSPO,
+                LUSPO, VESPO).
+            logp, old_logp, advantages, mask, objective, aggregation: as `policy_loss`. logp and old_logp are values:
+                no graph is needed.
+            max_sample_norm: bounds the norm, over all parameters, of every sample's share w_b S_b of the gradient:
+                times min(1, max_sample_norm / (norm + 1e-6)). One more pass over the scores. None: no bound.
+            noise_multiplier: adds normal noise of standard deviation noise_multiplier * max_sample_norm to every
+                element of the gradient, made where it is added.
+            noise_generator: seeds the noise, one number a step; None: torch's default generator of the device.
+            **options: every other keyword of `policy_loss` but `backend`, which is the optimizer's.
+
+        Returns:
+            The objective's `ClipStats`, also handed to `observe` for this step.
+
+        With no sample left (B = 0, all masked or not finite) nothing changes but `step_count_skipped`, and `tokens` of
+        the statistics is 0. Rules that need the gradient's norm, or other sums, before the update read the scores once
+        more for each.
+
+        `max_sample_norm` with noise is the mechanism of DP-SGD on whatever a row is: one row changes the sum by at most
+        max_sample_norm. It is no privacy guarantee by itself. The weights must not depend on other rows (advantages
+        normalised over a batch or group, and counts that divide the loss, do), rows must be drawn as an accountant
+        assumes, which is not done here, and the statistics, norms and rules that look at a batch are not noised. The
+        noise is a counter-based generator's, in floating point: not a cryptographic one.
+
+        Raises:
+            TypeError, ValueError: scores that do not fit the parameters or each other, arguments out of range, as
+                `policy_loss`. RuntimeError: differentiable=True, as `step()`. Nothing has been changed then.
+
+        Source: the objectives'; Abadi et al. 2016 (arXiv 1607.00133) for `max_sample_norm` and noise.
+        """
+        call = {**policy_loss.__kwdefaults__, "mask": mask, "objective": objective, "aggregation": aggregation}
+        if unknown := options.keys() - (call.keys() - {"backend"}):
+            raise TypeError(f"unexpected argument(s) {sorted(unknown)}; accepted: policy_loss's but backend")
+        call.update(options)
+        call["backend"] = self.backend
+        check_tensor("logp", logp)
+        if logp.dim() not in (1, 2):
+            raise ValueError(f"logp must be [B, T] or packed [N], got shape {list(logp.shape)}")
+        by_sequence = logp.dim() == 2 and self._has_one_row_a_sequence(scores)
+        leading = tuple(logp.shape[: 1 if by_sequence else None])
+        stacks = self._stacks("scores", scores, leading)
+        weights, stats = score_weights(logp, old_logp, advantages, call, by_sequence)
+        self._step_from_samples(
+            stacks, weights, stats.tokens == 0, _mass(stats), max_sample_norm, noise_multiplier, noise_generator
+        )
+        return stats
+
+    @torch.compiler.disable
+    @torch.optim.Optimizer.profile_hook_step
+    def step_from_gradients(
+        self,
+        gradients: Sequence[Tensor | None] | dict[Tensor, Tensor],
+        weights: Tensor | None = None,
+        *,
+        max_sample_norm: float | None = None,
+        noise_multiplier: float = 0.0,
+        noise_generator: torch.Generator | None = None,
+    ) -> None:
+        """One step from the gradients of whole micro-batches: weighed, clipped or dropped at step time, never summed.
+
+        g = sum_b weights_b G_b (in registers) -> moments -> write-back
+
+        Args:
+            gradients: for every parameter, in the order of the param groups, a tensor [B, *its shape], B the number of
+                micro-batches (`MicroBatchGradients` gathers them), dtypes as of `step_from_scores`; None for a
+                parameter that stays as it is. Or a dict by parameter.
+            weights: [B], on the device of the parameters; any floating dtype. 0 drops a micro-batch: it is not read,
+                so it may hold NaN. None: 1 / B each, the mean. For ratio-clipped weights of micro-batches see
+                `step_from_scores`, with advantages of -1 and a micro-batch's log-probability as `logp`.
+            max_sample_norm, noise_multiplier, noise_generator: as of `step_from_scores`; a sample is a micro-batch.
+
+        With every weight 0 nothing changes but `step_count_skipped`.
+
+        Raises:
+            As `step_from_scores`. Nothing has been changed then.
+        """
+        given = list(gradients.values()) if isinstance(gradients, dict) else gradients
+        first = next((stack for stack in given or () if isinstance(stack, Tensor)), None)
+        if first is None or first.dim() == 0:
+            raise ValueError("gradients must hold at least one tensor [B, *shape of its parameter]")
+        count = first.shape[0]
+        stacks = self._stacks("gradients", gradients, (count,))
+        if weights is None:
+            weights = torch.full((count,), 1.0 / max(count, 1), dtype=torch.float64, device=first.device)
+        check_tensor("weights", weights)
+        if weights.shape != (count,) or weights.device != first.device:
+            raise ValueError(
+                f"weights must be [{count}] on {first.device}, got {list(weights.shape)} on {weights.device}"
+            )
+        with torch.no_grad():
+            weights = weights.detach().double().contiguous()
+            none = ~(weights != 0).any()
+        self._step_from_samples(stacks, weights, none, None, max_sample_norm, noise_multiplier, noise_generator)
+
+    def _has_one_row_a_sequence(self, scores: Any) -> bool:
+        params = [p for group in self.param_groups for p in group["params"]]
+        pairs = scores.items() if isinstance(scores, dict) else zip(params, scores)
+        return any(isinstance(own, Tensor) and own.dim() == p.dim() + 1 for p, own in pairs)
+
+    def _stacks(self, name: str, stacks: Any, leading: tuple[int, ...]) -> dict[Tensor, Tensor]:
+        if self.defaults["differentiable"]:
+            raise RuntimeError("differentiable=True goes with step() only: nothing here is seen by autograd")
+        return stacks_of(name, stacks, [p for group in self.param_groups for p in group["params"]], leading)
+
+    def _step_from_samples(
+        self,
+        stacks: dict[Tensor, Tensor],
+        weights: Tensor,
+        skip: Tensor,
+        observed: Tensor | None,
+        max_sample_norm: float | None,
+        noise_multiplier: float,
+        generator: torch.Generator | None,
+    ) -> None:
+        with torch.no_grad():
+            bound, noise, seed = noise_of(max_sample_norm, noise_multiplier, generator, weights.device)
+            self._step(Samples(stacks, weights.numel(), weights, skip, observed, bound, noise, seed))
+        self._opt_called = True  # schedulers ask whether a step was taken before theirs
+
+    def _step(self, samples: Samples | None = None) -> None:
+        """`samples`: what the gradients are made of, in the place of `.grad`."""
         for index, group in enumerate(self.param_groups):
             self._check_group(index, group)
-        batches = collect(self.param_groups)
+        batches = collect(self.param_groups, None if samples is None else samples.stacks)
         if not batches:
             return
         self._check_capture()
         parts = self._parts(batches)
+        observed, found_inf = self._observed, getattr(self, "found_inf", None)
+        if samples is not None:
+            observed = _sum_of(observed, samples.observed)
+            found_inf = samples.skip.double() if found_inf is None else found_inf.double() + samples.skip
+            for part in parts:
+                part.samples = samples.on(part.device)
         rules = self._acting_rules(parts)
         all_rules = [rule for group in self.param_groups for rule in _rules_of(group)]
         needs_norm = self.skip_nonfinite or any(rule.needs_norm for rule in all_rules)
@@ -191,17 +351,19 @@ class _FusedClip:
             tables = [[self._table(batch, part, added) for batch in part.batches] for part in parts]
             for part, own_tables in zip(parts, tables):
                 self._place(part, own_tables)
+            if samples is not None and samples.max_sample_norm is not None:
+                _bound_samples(parts, samples.max_sample_norm)
 
             # 1 norm: only where a rule needs this step's norm before the update; otherwise the update gathers it.
             square_sums: list[Tensor | None] = [None] * len(parts)
             if needs_norm:
                 for part in parts:
-                    if needs_max:
+                    if needs_max or samples is not None:
                         part.find_maxima()
                     else:
                         part.square_sums = part.backend.grad_square_sums(part.placed)
                 square_sums = _everywhere([part.square_sums for part in parts])
-            facts = self._facts(parts, square_sums[0], rules)
+            facts = self._facts(parts, square_sums[0], rules, found_inf, observed)
             steps = self._group_steps(facts, rules)
             signals = self._signals(steps, rules)
 
@@ -212,8 +374,8 @@ class _FusedClip:
                     None if signals is None else signals.to(part.device, non_blocking=True),
                     sums,
                     _as_tensor(getattr(self, "grad_scale", None), part.device),
-                    _as_tensor(getattr(self, "found_inf", None), part.device),
-                    _as_tensor(self._observed, part.device),
+                    _as_tensor(found_inf, part.device),
+                    _as_tensor(observed, part.device),
                     part.grad_square_sum,
                     part.steps_skipped,
                     self.skip_nonfinite,
@@ -275,14 +437,21 @@ class _FusedClip:
                 raise RuntimeError(f"{type(rule).__name__} is a rule per tensor and needs all parameters on one device")
         return sorted((each for each in own if each[1].acts), key=lambda each: each[1].stage)
 
-    def _facts(self, parts: list[Part], square_sums: Tensor | None, rules: list[tuple[int, Rule]]) -> StepFacts:
+    def _facts(
+        self,
+        parts: list[Part],
+        square_sums: Tensor | None,
+        rules: list[tuple[int, Rule]],
+        found_inf: Tensor | None,
+        observed: Tensor | None,
+    ) -> StepFacts:
         """`square_sums`: of all devices, on the first."""
         facts = StepFacts(parts)
         if not rules:
             return facts
         device = parts[0].device
         scale = _as_tensor(getattr(self, "grad_scale", None), device)
-        found_inf = _as_tensor(getattr(self, "found_inf", None), device)
+        found_inf = _as_tensor(found_inf, device)
         if scale is not None:
             facts.unscale = 1.0 / scale.double().reshape(()).abs()
         if square_sums is not None:
@@ -291,8 +460,8 @@ class _FusedClip:
             if found_inf is not None:
                 facts.usable = facts.usable & (found_inf.reshape(()) == 0)
         facts.suppressed = torch.zeros((), dtype=torch.float64, device=device)
-        if self._observed is not None:
-            suppressed, total = moved(self._observed, device).double().unbind()
+        if observed is not None:
+            suppressed, total = moved(observed, device).double().unbind()
             facts.suppressed = (suppressed / total).nan_to_num(0.0, 1.0, 0.0)
         return facts
 
@@ -401,7 +570,9 @@ class _FusedClip:
         blocks = [_block(group) for group in groups]
         capturable = any(group["capturable"] for group in groups)
         kept = self._kept.get(part.device)
-        part.placed = part.backend.place(tables, self._group_scalars(part), blocks, kept, part.device, capturable)
+        part.placed = part.backend.place(
+            tables, self._group_scalars(part), blocks, kept, part.device, capturable, part.samples
+        )
         if part.on_device:  # the host's tables are made anew each step, and the reference's hold the gradients
             self._kept[part.device] = part.placed
 
@@ -424,7 +595,7 @@ class _FusedClip:
                 own["bias_weights"] = torch.stack([1 - float(beta) ** step for beta in group["betas"]]).to(batch.device)
                 added.append((own, "bias_weights"))
                 batch.bias_weights[i] = own["bias_weights"]
-        return part.backend.tensor_table(*batch.tensors())
+        return part.backend.tensor_table(*batch.tensors(), -1 if part.samples is None else part.samples.count)
 
     def _new_state(self, p: Tensor, group: dict[str, Any], on_device: bool) -> dict[str, Any]:
         # The GPU kernels advance the step themselves, so that a skipped step needs no host read.
@@ -555,8 +726,7 @@ class _FusedClip:
         """
         if not isinstance(stats, ClipStats):
             raise TypeError(f"observe expects a ClipStats, got {type(stats).__name__}")
-        mass = torch.stack([stats.suppressed_mass, stats.total_mass]).detach()
-        self._observed = mass if self._observed is None else self._observed + mass.to(self._observed.device)
+        self._observed = _sum_of(self._observed, _mass(stats))
 
     @torch.no_grad()
     def reset_momentum(self, moments: bool = True, counters: bool = True) -> None:
@@ -844,6 +1014,25 @@ def _block(group: dict[str, Any]) -> int:
     """Elements that share one gate; 1 where nothing is shared."""
     rule = _find(group, AlignedMomentum)
     return rule.block if rule is not None and isinstance(rule.block, int) else 1
+
+
+def _mass(stats: ClipStats) -> Tensor:
+    """What the next step makes of statistics: float32 [2], suppressed and total mass."""
+    return torch.stack([stats.suppressed_mass, stats.total_mass]).detach()
+
+
+def _sum_of(mass: Tensor | None, more: Tensor | None) -> Tensor | None:
+    if mass is None or more is None:
+        return more if mass is None else mass
+    return mass + more.to(mass.device)
+
+
+def _bound_samples(parts: list[Part], max_sample_norm: float) -> None:
+    """Lowers the weights of samples whose share of the gradient is longer than `max_sample_norm`, on every device."""
+    sums = [part.backend.sample_square_sums(part.placed) for part in parts]
+    for part in parts:
+        total = sum(own.to(part.device, non_blocking=True) for own in sums)
+        part.samples.weights.mul_(sample_factors(total, part.samples.weights, max_sample_norm))
 
 
 def _everywhere(parts: list[Tensor]) -> list[Tensor]:

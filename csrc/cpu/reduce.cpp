@@ -65,7 +65,7 @@ template <typename T, Sum KIND, bool COUPLED, bool SPIKED>
 Summand reduce_chunk(const Table& table, const Chunk& chunk, const StepScalars<T>& scalars,
                      const double* unit_factors) {
   const Row& row = table.row[chunk.row];
-  const bool flat = unit_factors == nullptr ? row.flat != 0 : row.strided == 0;
+  const bool flat = unit_factors == nullptr ? in_memory_order(table, row) : row.strided == 0;
   SlotTile<T> param, grad, exp_avg, exp_avg_sq;
   Summand sum = {0.0, 0.0};
   for (int64_t i = chunk.begin; i < chunk.end; i += kTile) {
@@ -115,8 +115,9 @@ ReduceChunk<T> choose(Sum kind, bool coupled, bool spiked) {
 // float64[rows, 2], by tensor. scalars: float64[rows, kTensorScalars], absent for SQUARES_MAX, which needs none.
 // unit_factors: as of `update_`.
 Tensor reduce(const Tensor& table_tensor, std::optional<Tensor> scalars_tensor, int64_t kind_code, bool coupled,
-              bool spiked, std::optional<Tensor> unit_factors) {
-  const Table table = read_table(table_tensor);
+              bool spiked, std::optional<Tensor> unit_factors, std::optional<Tensor> sample_weights,
+              std::optional<Tensor> seed, double noise, int64_t first_row) {
+  const Table table = read_table(table_tensor, sample_weights, seed, noise, first_row);
   const Sum kind = static_cast<Sum>(kind_code);
   const ReduceChunk<float> reduce_f32 = choose<float>(kind, coupled, spiked);
   const ReduceChunk<double> reduce_f64 = choose<double>(kind, coupled, spiked);
@@ -172,8 +173,9 @@ void units_of_chunk(const Table& table, const Chunk& chunk, Summand* sums) {
 }
 
 // float64[output rows of all tensors, 2]: sums of squares of raw gradients and of parameters.
-Tensor unit_sums(const Tensor& table_tensor) {
-  const Table table = read_table(table_tensor);
+Tensor unit_sums(const Tensor& table_tensor, std::optional<Tensor> sample_weights, std::optional<Tensor> seed,
+                 double noise, int64_t first_row) {
+  const Table table = read_table(table_tensor, sample_weights, seed, noise, first_row);
   const std::vector<int64_t> starts = unit_starts(table);
   const std::vector<Chunk> chunks = make_unit_chunks(table);
   const int64_t n = static_cast<int64_t>(chunks.size());
@@ -192,10 +194,64 @@ Tensor unit_sums(const Tensor& table_tensor) {
   return out;
 }
 
+// float64[samples]: the sum of squares of every sample over all tensors of the table, weights not counted. Those of
+// weight 0 are not read, and 0.
+template <typename T, typename S>
+void squares_of_samples(const Row& row, const Table& table, const Chunk& chunk, double* sums) {
+  const S* const stack = reinterpret_cast<const S*>(row.data[GRAD]);
+  alignas(64) T buffer[kTile];
+  for (int64_t i = chunk.begin; i < chunk.end; i += kTile) {
+    const int64_t n = std::min(kTile, chunk.end - i);
+    for (const int64_t b : table.weighed) {
+      Row one = row;
+      one.samples = -1;
+      one.data[GRAD] = reinterpret_cast<int64_t>(stack + b * row.sample);
+      const T* tile = direct_slot<T>(one, GRAD, row.flat != 0, i);
+      if (tile == nullptr) read_slot<T>(table, one, GRAD, row.flat != 0, i, n, buffer);
+      sums[b] += sum_squares_tile<T, false>(tile == nullptr ? buffer : tile, n);
+    }
+  }
+}
+
+Tensor sample_square_sums(const Tensor& table_tensor, const Tensor& sample_weights) {
+  const Table table = read_table(table_tensor, sample_weights, {}, 0.0, 0);
+  const std::vector<Chunk> chunks = make_chunks(table, kTile);
+  const int64_t n = static_cast<int64_t>(chunks.size()), samples = sample_weights.numel();
+  std::vector<double> partial(n * samples, 0.0);
+  torch::stable::parallel_for(0, n, chunk_grain(table, n), [&](int64_t first, int64_t last) {
+    for (int64_t c = first; c < last; ++c) {
+      const Row& row = table.row[chunks[c].row];
+      double* const sums = partial.data() + c * samples;
+      switch (row.dtype[GRAD]) {
+        case DType::F64:
+          squares_of_samples<double, double>(row, table, chunks[c], sums);
+          break;
+        case DType::F32:
+          squares_of_samples<float, float>(row, table, chunks[c], sums);
+          break;
+        case DType::BF16:
+          squares_of_samples<float, BFloat16>(row, table, chunks[c], sums);
+          break;
+        case DType::F16:
+          squares_of_samples<float, Float16>(row, table, chunks[c], sums);
+          break;
+      }
+    }
+  });
+  Tensor out = torch::stable::empty({samples}, ScalarType::Double);
+  double* sums = mutable_data<double>(out);
+  std::fill_n(sums, samples, 0.0);
+  for (int64_t c = 0; c < n; ++c) {
+    for (int64_t b = 0; b < samples; ++b) sums[b] += partial[c * samples + b];
+  }
+  return out;
+}
+
 }  // namespace
 }  // namespace fca
 
 STABLE_TORCH_LIBRARY_IMPL(fused_clip_adam, CPU, m) {
   m.impl("reduce", TORCH_BOX(&fca::reduce));
   m.impl("unit_sums", TORCH_BOX(&fca::unit_sums));
+  m.impl("sample_square_sums", TORCH_BOX(&fca::sample_square_sums));
 }

@@ -64,8 +64,9 @@ UpdateChunk<T> choose(Overshoot rule, bool amsgrad, bool coupled, bool guarded) 
 // momentum_dots: float64[rows], receives sum m g of each tensor. grad_square_sum: float64 0-d, added to.
 void update_(const Tensor& table_tensor, const Tensor& scalars_tensor, bool coupled, bool amsgrad, int64_t overshoot,
              int64_t block, bool guarded, std::optional<Tensor> unit_factors, std::optional<Tensor> momentum_dots,
-             std::optional<Tensor> grad_square_sum) {
-  const Table table = read_table(table_tensor);
+             std::optional<Tensor> grad_square_sum, std::optional<Tensor> sample_weights, std::optional<Tensor> seed,
+             double noise, int64_t first_row) {
+  const Table table = read_table(table_tensor, sample_weights, seed, noise, first_row);
   check_buffer(scalars_tensor, ScalarType::Double, table.rows * kTensorScalars, "scalars");
   check(block >= 1, "block must be at least 1, got ", block);
   check(guarded || (!unit_factors && !momentum_dots), "unit_factors and momentum_dots need guarded");

@@ -88,6 +88,22 @@ bool same_strides(const Meta& x, const Meta& y) {
   return true;
 }
 
+// What a stack of samples has after its first dimension.
+Meta of_one_sample(const Meta& stack) {
+  Meta one = stack;
+  one.dims -= 1;
+  one.sizes += 1;
+  one.strides += 1;
+  int64_t expected = 1;
+  one.contiguous = true;
+  for (int64_t d = one.dims - 1; d >= 0; --d) {
+    one.contiguous = one.contiguous && (one.sizes[d] == 1 || one.strides[d] == expected);
+    expected *= one.sizes[d];
+  }
+  one.contiguous = one.contiguous || expected == 0;
+  return one;
+}
+
 bool same_sizes(const Meta& x, const Meta& y) {
   return x.dims == y.dims && std::equal(x.sizes, x.sizes + x.dims, y.sizes);
 }
@@ -133,20 +149,23 @@ const char* slot_name(Slot slot) {
 
 // Elements from a slot's first to past its last, and whether they fill that range without holes.
 int64_t extent_of(const Table& table, const Row& row, Slot slot) {
-  if (row.strided == 0) return row.numel;
+  const int64_t others = slot == GRAD && row.samples > 1 ? (row.samples - 1) * row.sample : 0;
+  if (row.strided == 0) return row.numel + others;
   const int64_t* record = table.words + row.strided;
   const int64_t dims = record[0];
-  int64_t extent = 1;
+  int64_t extent = 1 + others;
   for (int64_t d = 0; d < dims; ++d) extent += (record[1 + d] - 1) * record[1 + dims * (1 + slot) + d];
   return extent;
 }
 
 bool may_share(const Table& table, const Range& x, const Range& y) {
   // Reading a gradient that is its own parameter (or state), element for element, is well defined.
-  if (x.row == y.row && (x.slot == GRAD || y.slot == GRAD) && x.begin == y.begin) {
+  if (x.row == y.row && (x.slot == GRAD || y.slot == GRAD) && x.begin == y.begin && table.row[x.row].samples < 0) {
     const Row& row = table.row[x.row];
     if (row.flat != 0 && slot_dtype(row, x.slot) == slot_dtype(row, y.slot)) return true;
   }
+  const auto stacked = [&](const Range& own) { return own.slot == GRAD && table.row[own.row].samples >= 0; };
+  if (stacked(x) || stacked(y)) return false;
   if (table.row[x.row].strided == 0 && table.row[y.row].strided == 0) return false;
   const std::vector<int64_t> a = addresses(table, x), b = addresses(table, y);
   std::vector<int64_t> common;
@@ -220,15 +239,25 @@ struct Lists {
   const TensorList* list[kSlots];
 };
 
-Row make_row(const Lists& lists, const TensorList& steps, const TensorList& bias_weights, int64_t group, int64_t i) {
+Row make_row(const Lists& lists, const TensorList& steps, const TensorList& bias_weights, int64_t group,
+             int64_t samples, int64_t i) {
   Row row = {};
   row.group = group;
+  row.samples = samples;
   Meta param = {};
   bool contiguous = true, same_order = true;
   for (int64_t s = 0; s < kSlots; ++s) {
     const Slot slot = static_cast<Slot>(s);
     if (lists.list[slot]->empty()) continue;
-    const Meta meta = read_meta((*lists.list[slot])[i], slot_name(slot), i);
+    Meta meta = read_meta((*lists.list[slot])[i], slot_name(slot), i);
+    const bool stack = slot == GRAD && samples >= 0;
+    if (stack) {
+      if (meta.dims != param.dims + 1 || meta.sizes[0] != samples) {
+        fail("grads[", i, "] must be a stack of ", samples, " samples of the shape of params[", i, "]");
+      }
+      row.sample = meta.strides[0];
+      meta = of_one_sample(meta);
+    }
     if (slot == PARAM) param = meta;
     if (!same_sizes(param, meta)) fail(slot_name(slot), "[", i, "] must have the shape of params[", i, "]");
     DType& expected = row.dtype[slot < 2 ? slot : 2];
@@ -237,7 +266,8 @@ Row make_row(const Lists& lists, const TensorList& steps, const TensorList& bias
       fail(slot_name(slot), "[", i, "] is ", dtype_name(meta.dtype), " but exp_avgs[", i, "] is ",
            dtype_name(expected));
     }
-    if (meta.dtype != param.dtype && meta.dtype != DType::F32) {
+    const bool narrow_scores = stack && param.dtype != DType::F64 && meta.dtype != DType::F64;
+    if (meta.dtype != param.dtype && meta.dtype != DType::F32 && !narrow_scores) {
       fail(slot_name(slot), "[", i, "] is ", dtype_name(meta.dtype), "; accepted for a ", dtype_name(param.dtype),
            " parameter: the same, or float32");
     }
@@ -272,7 +302,7 @@ Row make_row(const Lists& lists, const TensorList& steps, const TensorList& bias
 
 Tensor tensor_table(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
                     const TensorList& exp_avg_sqs, const TensorList& max_exp_avg_sqs, const TensorList& steps,
-                    const TensorList& bias_weights, int64_t group) {
+                    const TensorList& bias_weights, int64_t group, int64_t samples) {
   const Lists lists = {{&params, &grads, &exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs}};
   const int64_t n = params.size();
   for (const auto* list : {&grads, &exp_avgs, &exp_avg_sqs, &steps}) {
@@ -285,7 +315,7 @@ Tensor tensor_table(const TensorList& params, const TensorList& grads, const Ten
   std::vector<Row> rows(n);
   std::vector<int64_t> records;
   for (int64_t i = 0; i < n; ++i) {
-    rows[i] = make_row(lists, steps, bias_weights, group, i);
+    rows[i] = make_row(lists, steps, bias_weights, group, samples, i);
     if (rows[i].strided == 0) continue;
     rows[i].strided = 1 + n * kRow + static_cast<int64_t>(records.size());
     const Meta param = read_meta(params[i], "params", i);
@@ -296,7 +326,8 @@ Tensor tensor_table(const TensorList& params, const TensorList& grads, const Ten
         records.insert(records.end(), param.dims, 0);
       } else {
         const Meta meta = read_meta((*lists.list[slot])[i], slot_name(static_cast<Slot>(slot)), i);
-        records.insert(records.end(), meta.strides, meta.strides + param.dims);
+        const int64_t* strides = meta.strides + (slot == GRAD && samples >= 0 ? 1 : 0);
+        records.insert(records.end(), strides, strides + param.dims);
       }
     }
   }
@@ -305,7 +336,7 @@ Tensor tensor_table(const TensorList& params, const TensorList& grads, const Ten
   words[0] = n;
   if (n > 0) std::memcpy(words + 1, rows.data(), n * sizeof(Row));
   std::copy(records.begin(), records.end(), words + 1 + n * kRow);
-  check_disjoint(read_table(table), table.numel());
+  check_disjoint({n, reinterpret_cast<const Row*>(words + 1), words, {}, 0, {}}, table.numel());
   return table;
 }
 
@@ -342,7 +373,8 @@ void boxed_tensor_table(StableIValue* stack, uint64_t, uint64_t) {
     for (int64_t i = 0; i < 7; ++i) check_one_device(*lists[i], names[i], params[0]);
   }
   stack[0] = torch::stable::detail::from(tensor_table(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps,
-                                                      bias_weights, torch::stable::detail::to<int64_t>(stack[7])));
+                                                      bias_weights, torch::stable::detail::to<int64_t>(stack[7]),
+                                                      torch::stable::detail::to<int64_t>(stack[8])));
 }
 
 template <typename S, typename T>
@@ -405,13 +437,121 @@ void move_slot_of(const Table& table, const Row& row, Slot slot, bool flat, int6
   }
 }
 
+// tile <- tile + w_0 S_0 + w_1 S_1 + ..., in that order, of COUNT samples, while the `next` ones are fetched.
+constexpr int64_t kAtOnce = 4;
+template <typename T, typename S>
+struct SampleTile {
+  const S* source[kAtOnce];
+  const S* next[kAtOnce];
+  T weight[kAtOnce];
+};
+
+template <typename T, typename S, int COUNT>
+FCA_INLINE void add_samples_body(const SampleTile<T, S>& tiles, T* __restrict tile, int64_t n) {
+  const SampleTile<T, S> own = tiles;
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(S));
+  const auto add = [&](int64_t i) FCA_LAMBDA_INLINE {
+    T sum = tile[i];
+    for (int k = 0; k < COUNT; ++k) sum += own.weight[k] * load_as<T>(own.source[k][i]);
+    tile[i] = sum;
+  };
+  int64_t i = 0;
+  for (; i + kLine <= n; i += kLine) {
+    for (int k = 0; k < COUNT; ++k) FCA_PREFETCH(own.next[k] + i);
+    for (int64_t j = i; j < i + kLine; ++j) add(j);
+  }
+  for (; i < n; ++i) add(i);
+}
+FCA_LEAF((typename T, typename S, int COUNT), (T, S, COUNT), void, add_samples,
+         (const SampleTile<T, S>& tiles, T* tile, int64_t n), (tiles, tile, n))
+
+template <typename T, typename S>
+void contract(const Table& table, const Row& row, bool flat, int64_t begin, int64_t n, T* tile) {
+  std::fill_n(tile, n, T(0));
+  const S* const stack = reinterpret_cast<const S*>(row.data[GRAD]);
+  const std::vector<int64_t>& weighed = table.weighed;
+  const int64_t count = static_cast<int64_t>(weighed.size());
+  alignas(64) T buffer[kTile];
+  for (int64_t k = 0; k < count;) {
+    const bool four = flat && k + kAtOnce <= count;
+    SampleTile<T, S> own = {};
+    for (int64_t j = 0; j < (four ? kAtOnce : 1); ++j) {
+      const int64_t b = weighed[k + j];
+      own.source[j] = stack + b * row.sample + begin;
+      own.weight[j] = static_cast<T>(table.samples.weights[b]);
+      // Behind the last sample the next tile of the first ones.
+      const int64_t later = k + j + kAtOnce;
+      own.next[j] = later < count ? stack + weighed[later] * row.sample + begin
+                                  : stack + weighed[(later - count) % count] * row.sample + begin + n;
+    }
+    if (four) {
+      add_samples<T, S, kAtOnce>(own, tile, n);
+    } else if (flat) {
+      add_samples<T, S, 1>(own, tile, n);
+    } else {
+      Row one = row;
+      one.data[GRAD] = reinterpret_cast<int64_t>(stack + weighed[k] * row.sample);
+      gather<S, T>(table, one, GRAD, begin, n, buffer, false);
+      for (int64_t i = 0; i < n; ++i) tile[i] += own.weight[0] * buffer[i];
+    }
+    k += four ? kAtOnce : 1;
+  }
+}
+
 }  // namespace
+
+template <typename T>
+void read_samples(const Table& table, const Row& row, bool flat, int64_t begin, int64_t n, T* tile) {
+  switch (row.dtype[GRAD]) {
+    case DType::F64:
+      if constexpr (sizeof(T) == 8) contract<T, double>(table, row, flat, begin, n, tile);
+      break;
+    case DType::F32:
+      contract<T, float>(table, row, flat, begin, n, tile);
+      break;
+    case DType::BF16:
+      if constexpr (sizeof(T) == 4) contract<T, BFloat16>(table, row, flat, begin, n, tile);
+      break;
+    case DType::F16:
+      if constexpr (sizeof(T) == 4) contract<T, Float16>(table, row, flat, begin, n, tile);
+      break;
+  }
+  if (table.samples.seed == nullptr) return;
+  const int64_t tensor = table.first_row + (&row - table.row);
+  for (int64_t i = 0; i < n; ++i) {
+    tile[i] += static_cast<T>(table.samples.noise * standard_normal(*table.samples.seed, tensor, begin + i));
+  }
+}
+template void read_samples<float>(const Table&, const Row&, bool, int64_t, int64_t, float*);
+template void read_samples<double>(const Table&, const Row&, bool, int64_t, int64_t, double*);
 
 Table read_table(const Tensor& table) {
   check(table.scalar_type() == ScalarType::Long && table.is_contiguous() && table.numel() > 0,
         "table must come from tensor_table");
   const int64_t* words = const_data<int64_t>(table);
-  return {words[0], reinterpret_cast<const Row*>(words + 1), words};
+  return {words[0], reinterpret_cast<const Row*>(words + 1), words, {}, 0, {}};
+}
+
+Table read_table(const Tensor& table, std::optional<Tensor> sample_weights, std::optional<Tensor> seed, double noise,
+                 int64_t first_row) {
+  Table out = read_table(table);
+  out.samples.noise = noise;
+  out.first_row = first_row;
+  if (out.rows == 0) return out;
+  const int64_t samples = out.row[0].samples;
+  check(sample_weights.has_value() == (samples >= 0), "sample_weights go with a table of samples");
+  if (sample_weights) {
+    check_buffer(*sample_weights, ScalarType::Double, samples, "sample_weights");
+    out.samples.weights = const_data<double>(*sample_weights);
+    for (int64_t b = 0; b < samples; ++b) {
+      if (out.samples.weights[b] != 0.0) out.weighed.push_back(b);
+    }
+  }
+  if (seed) {
+    check_buffer(*seed, ScalarType::Long, 1, "seed");
+    out.samples.seed = const_data<int64_t>(*seed);
+  }
+  return out;
 }
 
 std::vector<Chunk> make_chunks(const Table& table, int64_t block) {
@@ -455,6 +595,7 @@ int64_t chunk_grain(const Table& table, int64_t chunks) {
 
 template <typename T>
 void read_slot(const Table& table, const Row& row, Slot slot, bool flat, int64_t begin, int64_t n, T* tile) {
+  if (slot == GRAD && row.samples >= 0) return read_samples<T>(table, row, flat, begin, n, tile);
   move_slot_of<T>(table, row, slot, flat, begin, n, tile, false);
 }
 template <typename T>

@@ -4,9 +4,11 @@
 // pointers: it is made and used within one optimizer step, while Python holds the tensors.
 #pragma once
 
+#include <optional>
 #include <vector>
 
 #include "../check_args.h"
+#include "../samples.h"
 #include "../table.h"
 #include "tile.h"
 
@@ -15,10 +17,18 @@ namespace fca {
 struct Table {
   int64_t rows;
   const Row* row;
-  const int64_t* words;  // word 0: the number of rows; rows follow; stride records follow the rows
+  const int64_t* words;          // word 0: the number of rows; rows follow; stride records follow the rows
+  Samples samples;               // of a step from scores
+  int64_t first_row;             // of this table among all of the step: tells the noise of their tensors apart
+  std::vector<int64_t> weighed;  // the samples whose weight is not 0
 };
 
 Table read_table(const Tensor& table);
+
+// Of an operator that reads gradients. sample_weights: float64 [samples], given exactly where they are stacks of
+// samples; seed: int64 [1].
+Table read_table(const Tensor& table, std::optional<Tensor> sample_weights, std::optional<Tensor> seed, double noise,
+                 int64_t first_row);
 
 inline DType slot_dtype(const Row& row, int64_t slot) { return row.dtype[slot < 2 ? slot : 2]; }
 
@@ -45,6 +55,15 @@ void read_slot(const Table& table, const Row& row, Slot slot, bool flat, int64_t
 template <typename T>
 void write_slot(const Table& table, const Row& row, Slot slot, bool flat, int64_t begin, int64_t n, const T* tile);
 
+// The gradient of a row of samples: sum_b w_b S_b over elements [begin, begin + n), plus noise.
+template <typename T>
+void read_samples(const Table& table, const Row& row, bool flat, int64_t begin, int64_t n, T* tile);
+
+// Noise follows the logical order.
+inline bool in_memory_order(const Table& table, const Row& row) {
+  return table.samples.seed != nullptr ? row.strided == 0 : row.flat != 0;
+}
+
 template <typename T>
 constexpr DType arithmetic_dtype() {
   return sizeof(T) == 8 ? DType::F64 : DType::F32;
@@ -66,7 +85,7 @@ struct SlotTile {
 // The slot's own memory where it can serve as the tile, else null.
 template <typename T>
 T* direct_slot(const Row& row, Slot slot, bool flat, int64_t begin) {
-  if (!flat || slot_dtype(row, slot) != arithmetic_dtype<T>()) return nullptr;
+  if (!flat || slot_dtype(row, slot) != arithmetic_dtype<T>() || (slot == GRAD && row.samples >= 0)) return nullptr;
   return reinterpret_cast<T*>(row.data[slot]) + begin;
 }
 

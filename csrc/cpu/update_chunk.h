@@ -255,8 +255,11 @@ void clear(const TileSet<T>& tiles, int64_t n) {
 template <typename T, Overshoot RULE, bool GUARDED>
 bool can_look(const Row& row, bool flat, int64_t block) {
   if (GUARDED || RULE != Overshoot::ALIGN_BLOCK || sizeof(T) != 4 || !flat || block % kLanes != 0) return false;
+  if (row.samples >= 0) return false;
   return row.dtype[0] == DType::F32 && row.dtype[1] == DType::F32 && row.dtype[2] == DType::F32;
 }
+
+constexpr int64_t kMostKept = 65536;  // elements: a quarter of a megabyte stays in the L2
 
 template <typename T, Overshoot RULE, bool AMSGRAD, bool COUPLED, bool GUARDED>
 ChunkSums update_chunk(const Table& table, const Chunk& chunk, const StepScalars<T>& scalars,
@@ -266,15 +269,23 @@ ChunkSums update_chunk(const Table& table, const Chunk& chunk, const StepScalars
   const bool units = GUARDED && options.unit_factors != nullptr, dots = GUARDED && options.sum_dots;
   const bool before = GUARDED && scalars.forget == T(1), after = GUARDED && scalars.forget == T(2);
   // Blocks and output rows are runs of the logical order: memory order will do only where the two agree.
-  const bool flat = RULE == Overshoot::ALIGN_BLOCK || units ? row.strided == 0 : row.flat != 0;
+  const bool flat = RULE == Overshoot::ALIGN_BLOCK || units ? row.strided == 0 : in_memory_order(table, row);
   // With a reduction before it the tiles have been converted already (and g++ leaves the gated 16-bit loop scalar).
-  const DType narrow = flat && RULE != Overshoot::ALIGN_BLOCK && !units && !dots && !before && !after
+  const bool stacked = row.samples >= 0;
+  const DType narrow = flat && RULE != Overshoot::ALIGN_BLOCK && !units && !dots && !before && !after && !stacked
                            ? shared_narrow_dtype(row)
                            : DType::F32;
   SlotTile<T> param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq;
   ChunkSums sums;
+  // The gradient of a block of samples, summed up once for all who read it.
+  std::vector<T> kept(stacked && block <= kMostKept ? block : 0);
+  int64_t kept_from = 0;
+  const auto read_raw_grad = [&](int64_t i, int64_t n) {
+    if (kept.empty()) return grad.read(table, row, GRAD, flat, i, n);
+    grad.data = kept.data() + (i - kept_from);
+  };
   const auto read_grad = [&](int64_t i, int64_t n) {
-    grad.read(table, row, GRAD, flat, i, n);
+    read_raw_grad(i, n);
     if (units) scale_units(grad, row, options.unit_factors, i, n);
   };
   const auto read_for_dot = [&](int64_t i, int64_t n) {
@@ -312,6 +323,12 @@ ChunkSums update_chunk(const Table& table, const Chunk& chunk, const StepScalars
   const bool looking = can_look<T, RULE, GUARDED>(row, flat, block);
   for (int64_t start = chunk.begin; start < chunk.end; start += block) {
     const int64_t stop = std::min(start + block, chunk.end);
+    if (!kept.empty()) {
+      kept_from = start;
+      for (int64_t i = start; i < stop; i += kTile) {
+        read_samples<T>(table, row, flat, i, std::min(kTile, stop - i), kept.data() + (i - start));
+      }
+    }
     const bool keep = RULE == Overshoot::ALIGN_BLOCK ? keeps(start, stop, looked) : true;
     looked = {};
     if constexpr (sizeof(T) == 4 && RULE == Overshoot::ALIGN_BLOCK && !GUARDED) {
@@ -364,7 +381,7 @@ ChunkSums update_chunk(const Table& table, const Chunk& chunk, const StepScalars
       }
       if (after) clear(tiles, n);
       if (options.sum_squares) {  // after the update: the gradient is in L1 now
-        if (units) grad.read(table, row, GRAD, flat, i, n);
+        if (units || stacked) read_raw_grad(i, n);
         sums.squares += sum_squares_tile<T, false>(grad.data, n);
       }
       param.write(table, row, PARAM, flat, i, n);

@@ -23,6 +23,7 @@ __all__ = [
     "policy_loss",
     "prologue",
     "reduce",
+    "sample_square_sums",
     "tensor_table",
     "unit_sums",
     "update_",
@@ -84,6 +85,17 @@ def prologue(placed: Placed, *signals) -> Tensor:
     return own[0] if len(own) == 1 else torch.cat(own)
 
 
+def sample_square_sums(placed: Placed) -> Tensor:
+    """See reference_step.py."""
+    return sum(_sample_square_sums(table, placed.samples.weights) for table in placed.tables)
+
+
+def _samples_of(placed: Placed, first: int) -> tuple:
+    """What makes a gradient of the samples of a batch: the last arguments of the operators that read one."""
+    own = placed.samples
+    return () if own is None else (own.weights, own.seed, own.noise, first)
+
+
 def _rows_of(placed: Placed, values: Tensor | None, batch: int, first: int) -> Tensor | None:
     return None if values is None else values[first : first + int(placed.tables[batch][0])]
 
@@ -100,12 +112,14 @@ def reduce(
 ) -> Tensor:
     """See reference_step.py."""
     rows = _rows_of(placed, values, batch, first)
-    return _reduce(placed.tables[batch], rows, kind, coupled, spiked, unit_factors)
+    own = (kind, coupled, spiked, unit_factors)
+    return _reduce(placed.tables[batch], rows, *own, *_samples_of(placed, first))
 
 
 def unit_sums(placed: Placed, batch: int) -> Tensor:
     """See reference_step.py."""
-    return _unit_sums(placed.tables[batch])
+    first = sum(int(table[0]) for table in placed.tables[:batch])
+    return _unit_sums(placed.tables[batch], *_samples_of(placed, first))
 
 
 def update_(
@@ -126,7 +140,7 @@ def update_(
     rows = _rows_of(placed, values, batch, first)
     dots = _rows_of(placed, momentum_dots, batch, first)
     options = (coupled, amsgrad, overshoot, block, guarded, unit_factors)
-    _update_(placed.tables[batch], rows, *options, dots, grad_square_sum)
+    _update_(placed.tables[batch], rows, *options, dots, grad_square_sum, *_samples_of(placed, first))
 
 
 if not _reason:
@@ -137,6 +151,7 @@ if not _reason:
     _tensor_scalars = torch.ops.fused_clip_adam.tensor_scalars.default
     _reduce = torch.ops.fused_clip_adam.reduce.default
     _unit_sums = torch.ops.fused_clip_adam.unit_sums.default
+    _sample_square_sums = torch.ops.fused_clip_adam.sample_square_sums.default
     _update_ = torch.ops.fused_clip_adam.update_.default
     policy_loss = torch.ops.fused_clip_adam.policy_loss.default
     bound_sums = torch.ops.fused_clip_adam.bound_sums.default

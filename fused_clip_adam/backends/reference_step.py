@@ -39,10 +39,17 @@ class Table:
     steps: list[Tensor]
     bias_weights: list[Tensor]
     group: int
+    stacks: list[Tensor] = dataclasses.field(default_factory=list)  # of samples, whose gradients `grads` are by now
+    gradients_formed: bool = False
 
 
-def tensor_table(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, bias_weights, group) -> Table:
+def tensor_table(
+    params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, bias_weights, group, samples: int = -1
+) -> Table:
     """Checks a batch's tensors and returns them as a `Table`.
+
+    Args:
+        samples: where not negative, every gradient is a stack of so many samples, [samples, *shape].
 
     Raises:
         RuntimeError: a shape or dtype that does not fit, or an expanded (self-overlapping) tensor to be written.
@@ -51,6 +58,8 @@ def tensor_table(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, b
     states = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "max_exp_avg_sqs": max_exp_avg_sqs}
     for i, p in enumerate(params):
         tensors = {"params": p, "grads": grads[i], **{k: v[i] for k, v in states.items() if v}}
+        if samples >= 0 and tensors.pop("grads").shape != (samples, *p.shape):
+            raise RuntimeError(f"grads[{i}] must be a stack of {samples} samples of the shape of params[{i}]")
         for name, tensor in tensors.items():
             if tensor.shape != p.shape:
                 raise RuntimeError(f"{name}[{i}] must have the shape of params[{i}]")
@@ -72,11 +81,67 @@ class Placed(NamedTuple):
 
     tables: list
     group_scalars: Tensor
+    samples: Any = None  # PlacedSamples of samples.py
 
 
-def place(tables: list, group_scalars: Tensor, blocks: list[int], kept: Any, device: Any, capturable: bool) -> Placed:
+def place(
+    tables: list, group_scalars: Tensor, blocks: list[int], kept: Any, device: Any, capturable: bool, samples: Any
+) -> Placed:
     """The tables of a device's batches as they are. The GPU backends copy them, see device_table.py."""
-    return Placed(tables, group_scalars)
+    return Placed(tables, group_scalars, samples)
+
+
+def _with_gradients(placed: Placed, batch: int) -> Table:
+    """A batch whose `grads` are gradients: of samples they are formed when first read, the weights then final."""
+    table = placed.tables[batch]
+    if placed.samples is None or table.gradients_formed:
+        return table
+    first = sum(len(earlier.params) for earlier in placed.tables[:batch])
+    table.stacks, table.gradients_formed = table.grads, True
+    table.grads = [
+        gradient_of(p, stack, placed.samples, first + i) for i, (p, stack) in enumerate(zip(table.params, table.stacks))
+    ]
+    return table
+
+
+def gradient_of(p: Tensor, stack: Tensor, samples: Any, tensor: int) -> Tensor:
+    """g = sum_b w_b S_b + noise, in the arithmetic type. `tensor`: of the parameter among all of the step."""
+    keep = samples.weights != 0
+    g = torch.tensordot(samples.weights[keep], stack[keep].double(), dims=1)
+    g = g.to(torch.float64 if p.dtype == torch.float64 else torch.float32)
+    if samples.seed is not None:
+        g = g + (samples.noise * standard_normal(int(samples.seed), tensor, p.numel())).to(g).reshape(p.shape)
+    return g
+
+
+def sample_square_sums(placed: Placed) -> Tensor:
+    """The sum of squares of every sample over all tensors: float64 [samples]; 0 for those of weight 0."""
+    count = placed.samples.count
+    stacks = [stack.double().reshape(count, -1) for table in placed.tables for stack in table.grads]
+    squares = torch.stack([stack.square().sum(1) for stack in stacks]).sum(0)
+    return torch.where(placed.samples.weights != 0, squares, 0.0)
+
+
+def standard_normal(seed: int, tensor: int, n: int) -> Tensor:
+    """The noise of a tensor's elements, float64 [n]: Box-Muller on Philox4x32-10, as csrc/samples.h."""
+    pair = torch.arange((n + 1) // 2, dtype=torch.int64, device="cpu")
+    low, high = 0xFFFFFFFF, 32
+    x = [pair & low, pair >> high, torch.full_like(pair, tensor & low), torch.full_like(pair, tensor >> high)]
+    key = [seed & low, (seed >> high) & low]
+    for _ in range(10):
+        (p_high, p_low), (q_high, q_low) = _product(0xD2511F53, x[0]), _product(0xCD9E8D57, x[2])
+        x = [q_high ^ x[1] ^ key[0], q_low, p_high ^ x[3] ^ key[1], p_low]
+        key = [(key[0] + 0x9E3779B9) & low, (key[1] + 0xBB67AE85) & low]
+    u, angle = (x[0].double() + 1) * 2.0**-32, 2 * math.pi * (x[1].double() * 2.0**-32)
+    size = (-2 * u.log()).sqrt()
+    return torch.stack([size * angle.cos(), size * angle.sin()], dim=1).reshape(-1)[:n]
+
+
+def _product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """(upper, lower) 32 bits of a b, which int64 cannot hold whole."""
+    low, high = a * (b & 0xFFFF), a * (b >> 16)  # each below 2^48
+    middle = (low >> 16) + high
+    return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
 def grad_square_sums(placed: Placed) -> Tensor:
@@ -350,7 +415,7 @@ def reduce(
         spiked: False promises that no rule brings spikes down, so that `exp_avg_sq` need not be read for them.
         unit_factors: as of `update_`. The sums are over the gradient that it sees.
     """
-    table, out = placed.tables[batch], []
+    table, out = _with_gradients(placed, batch), []
     factors = _by_tensor(table, unit_factors)
     for i, p in enumerate(table.params):
         s = {} if values is None else _row(values, first + i)
@@ -373,7 +438,7 @@ def unit_sums(placed: Placed, batch: int) -> Tensor:
 
     An output row is one index of the first dimension; a tensor of fewer than two dimensions is one.
     """
-    table = placed.tables[batch]
+    table = _with_gradients(placed, batch)
     pairs = [(_units(g).square().sum(1), _units(p).square().sum(1)) for g, p in zip(table.grads, table.params)]
     return torch.cat([torch.stack(pair, dim=1) for pair in pairs])
 
@@ -421,6 +486,7 @@ def update_(
     table = placed.tables[batch]
     if not table.params or values[first, 0]:
         return
+    table = _with_gradients(placed, batch)
     factors = _by_tensor(table, unit_factors)
     for i, p in enumerate(table.params):
         s = _row(values, first + i)

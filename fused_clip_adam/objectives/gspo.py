@@ -28,6 +28,7 @@ class GSPO(Objective):
     clip_low: float = 3e-4
     clip_high: float = 4e-4
     rule = rules.GSPO
+    weighs_by_sequence = True
 
     def __post_init__(self) -> None:
         clip_range(type(self).__name__, self.clip_low, self.clip_high)

@@ -93,6 +93,8 @@ class Objective:
     accepts: ClassVar[tuple[str, ...]] = ()
     by_sequence: ClassVar[bool] = False
     """`prepare` reads the sequences."""
+    weighs_by_sequence: ClassVar[bool] = False
+    """With one advantage a sequence, d loss / d logp is the same for all tokens of it that count."""
     weights_per_token: ClassVar[bool] = False
     """`weights` of a whole sequence have no meaning here."""
 

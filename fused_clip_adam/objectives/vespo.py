@@ -34,6 +34,7 @@ class VESPO(Objective):
     k_neg: float = 3.0
     lambda_neg: float = 2.0
     rule = rules.VESPO
+    weighs_by_sequence = True
     weights_per_token = True
 
     def __post_init__(self) -> None:
