@@ -337,7 +337,7 @@ class NoHost(types.ModuleType):
     def tensor_table(self, params, *rest):
         return params
 
-    def place(self, tables, group_scalars, blocks, kept, device, capturable):
+    def place(self, tables, group_scalars, blocks, kept, device, capturable, samples=None):
         return tables
 
     def grad_square_sums(self, tables):

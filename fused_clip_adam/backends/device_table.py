@@ -13,15 +13,16 @@ the same order on every device.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fused_clip_adam.backends import scalars
 
-ROW = 16
+ROW = 18
 """int64 words of a row: struct Row of csrc/table.h."""
-GRAD, NUMEL, DTYPES, STRIDED, GROUP, UNIT = 1, 8, slice(9, 12), 13, 14, 15
+GRAD, NUMEL, DTYPES, STRIDED, GROUP, UNIT, SAMPLES, SAMPLE = 1, 8, slice(9, 12), 13, 14, 15, 16, 17
 """Columns of a row."""
 GROUP_SCALARS = len(scalars.GROUP_SCALARS)
 
@@ -95,6 +96,8 @@ class DeviceTables:
         """The update's sums of m g, by chunk."""
         self.scalars = torch.zeros(self.rows, scalars.WIDTH, dtype=torch.float64, device=device)
         self.finished = torch.zeros(1, dtype=torch.int32, device=device)
+        self.samples: Any = None
+        """Of this step: PlacedSamples, or None."""
         self.captured = False
         self._segments: tuple[Tensor, Tensor] | None = None
         self._units: Units | None = None
@@ -148,7 +151,13 @@ class DeviceTables:
 
 
 def place(
-    tables: list[Tensor], group_scalars: Tensor, blocks: list[int], kept: DeviceTables | None, device, capturable: bool
+    tables: list[Tensor],
+    group_scalars: Tensor,
+    blocks: list[int],
+    kept: DeviceTables | None,
+    device: torch.device,
+    capturable: bool,
+    samples: Any = None,
 ) -> DeviceTables:
     """The tables of a step on the device: `kept`, refreshed, where it still describes the same tensors.
 
@@ -158,6 +167,7 @@ def place(
         blocks: per batch, a number of elements that chunks must be a multiple of.
         kept: what the previous step got.
         capturable: a CUDA graph may be captured later; keeps buffers ready for it.
+        samples: PlacedSamples (samples.py) where the gradients are stacks of samples, else None.
 
     Raises:
         RuntimeError: under CUDA-graph capture, where the tables have to be built first.
@@ -173,6 +183,7 @@ def place(
             )
         kept = DeviceTables(*key, device)
     kept.upload_fresh(fresh, capturable)
+    kept.samples = samples
     return kept
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 _SLOTS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
 _PARAM, _GRAD, _EXP_AVG = 0, 1, 2
+_SAMPLES = 16
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 """enum DType of csrc/table.h."""
 _NAMES = ("float64", "float32", "bfloat16", "float16")
@@ -60,12 +61,14 @@ def tensor_table(
     steps: list[Tensor],
     bias_weights: list[Tensor],
     group: int,
+    samples: int = -1,
 ) -> Tensor:
     """Checks a batch's tensors and returns their table: int64, see csrc/cpu/table.cpp.
 
     Args:
         params, grads, exp_avgs, exp_avg_sqs, steps: parallel lists. max_exp_avg_sqs, bias_weights: the same, or empty.
         group: index of the parameter group.
+        samples: where not negative, every gradient is a stack of so many samples, [samples, *shape].
 
     Raises:
         RuntimeError: a shape, dtype or device that does not fit; tensors that overlap themselves or each other; a
@@ -80,7 +83,7 @@ def tensor_table(
     if any(len(x) != n for x in required) or any(x and len(x) != n for x in optional):
         raise RuntimeError("tensor_table: lists differ in length")
 
-    rows = [_make_row(lists, steps, bias_weights, group, i) for i in range(n)]
+    rows = [_make_row(lists, steps, bias_weights, group, samples, i) for i in range(n)]
     words, records = [n], []
     for row in rows:
         if row.strided:
@@ -124,16 +127,21 @@ def _read_meta(tensor: Tensor, name: str, index: int) -> _Meta:
     return _Meta(sizes, tensor.stride(), tensor.is_contiguous(), dtype, address)
 
 
-def _make_row(lists, steps: list[Tensor], bias_weights: list[Tensor], group: int, i: int) -> _Row:
+def _make_row(lists, steps: list[Tensor], bias_weights: list[Tensor], group: int, samples: int, i: int) -> _Row:
     metas: list[_Meta | None] = []
     dtypes = [0, 0, 0]
     contiguous = same_order = True
-    param = None
+    param, between = None, 0
     for slot, (name, tensors) in enumerate(zip(_SLOTS, lists)):
         if not tensors:
             metas.append(None)
             continue
         meta = _read_meta(tensors[i], name, i)
+        stack = slot == _GRAD and samples >= 0
+        if stack:
+            if len(meta.sizes) != len(param.sizes) + 1 or meta.sizes[0] != samples:
+                raise RuntimeError(f"grads[{i}] must be a stack of {samples} samples of the shape of params[{i}]")
+            between, meta = meta.strides[0], _of_one_sample(meta)
         if param is None:
             param = meta
         if meta.sizes != param.sizes:
@@ -143,7 +151,8 @@ def _make_row(lists, steps: list[Tensor], bias_weights: list[Tensor], group: int
         expected = dtypes[min(slot, 2)]
         if meta.dtype != expected:
             raise RuntimeError(f"{name}[{i}] is {_NAMES[meta.dtype]} but exp_avgs[{i}] is {_NAMES[expected]}")
-        if meta.dtype not in (param.dtype, _DTYPES[torch.float32]):
+        narrow_scores = stack and 0 not in (param.dtype, meta.dtype)
+        if meta.dtype not in (param.dtype, _DTYPES[torch.float32]) and not narrow_scores:
             raise RuntimeError(
                 f"{name}[{i}] is {_NAMES[meta.dtype]}; accepted for a {_NAMES[param.dtype]} parameter: the same, or "
                 "float32"
@@ -172,7 +181,18 @@ def _make_row(lists, steps: list[Tensor], bias_weights: list[Tensor], group: int
     words = [*addresses, step_meta.address, int(step_meta.dtype == 0), weights_at, numel, *dtypes]
     rows = param.sizes[0] if len(param.sizes) > 1 else 1
     words += [int(flat), 0, group, numel // rows if rows else numel]  # 0: tensor_table fills in a record's offset
+    words += [samples, between]
     return _Row(words, metas, flat, not contiguous, numel)
+
+
+def _of_one_sample(stack: _Meta) -> _Meta:
+    """What a stack of samples has after its first dimension."""
+    sizes, strides = stack.sizes[1:], stack.strides[1:]
+    contiguous, expected = True, 1
+    for size, stride in zip(reversed(sizes), reversed(strides)):
+        contiguous = contiguous and (size == 1 or stride == expected)
+        expected *= size
+    return stack._replace(sizes=sizes, strides=strides, contiguous=contiguous or expected == 0)
 
 
 def _sorted_dims(meta: _Meta) -> list[tuple[int, int]]:
@@ -220,6 +240,9 @@ def _check_disjoint(rows: list[_Row], fingerprint: int) -> None:
             extent = row.numel
             if row.strided:
                 extent = 1 + sum((size - 1) * stride for size, stride in zip(meta.sizes, meta.strides))
+            samples, between = row.words[_SAMPLES : _SAMPLES + 2]
+            if slot == _GRAD and samples > 1:
+                extent += (samples - 1) * between
             ranges.append(_Range(meta.address, meta.address + extent * _BYTES[meta.dtype], r, slot))
     ranges.sort(key=lambda own: own.begin)
     for i, x in enumerate(ranges):
@@ -239,6 +262,8 @@ def _check_disjoint(rows: list[_Row], fingerprint: int) -> None:
 def _may_share(rows: list[_Row], x: _Range, y: _Range) -> bool:
     # Reading a gradient that is its own parameter (or state), element for element, is well defined.
     same_row, one_reads = x.row == y.row, _GRAD in (x.slot, y.slot)
+    if any(own.slot == _GRAD and rows[own.row].words[_SAMPLES] >= 0 for own in (x, y)):
+        return False
     if same_row and one_reads and x.begin == y.begin and rows[x.row].flat:
         metas = rows[x.row].metas
         if metas[x.slot].dtype == metas[y.slot].dtype:

@@ -85,7 +85,13 @@ class Placed(NamedTuple):
 
 
 def place(
-    tables: list, group_scalars: Tensor, blocks: list[int], kept: Any, device: Any, capturable: bool, samples: Any
+    tables: list,
+    group_scalars: Tensor,
+    blocks: list[int],
+    kept: Any,
+    device: Any,
+    capturable: bool,
+    samples: Any = None,
 ) -> Placed:
     """The tables of a device's batches as they are. The GPU backends copy them, see device_table.py."""
     return Placed(tables, group_scalars, samples)
