@@ -57,6 +57,7 @@ WITHIN = 0.95
 CLIP_TARGETS = {FUSED: 1.2, TRICK: 1.05}
 FULL_SIZE_TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.5}
 SAMPLES = 65536  # elements of each tensor compared at full size, at most
+SCORES_TARGET = 0.9  # of the copy's bandwidth
 LOGITS_TARGET = 0.8  # of the copy's bandwidth: within 1.25 times of the floor
 SMALL_LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-3}  # bfloat16 rounds a gradient by 2^-9 at most
 LOSS_TOLERANCE = 1e-2  # the same twice, or a few tokens whose ratio is next to a bound
@@ -143,7 +144,28 @@ class LossCase:
         return torch.bfloat16 if self.from_logits else torch.float32
 
 
-def _cases() -> dict[str, Case | LossCase]:
+@dataclass(frozen=True)
+class ScoreCase:
+    """The single-pass policy step on float32 parameters, from scores of `score_dtype`."""
+
+    title: str
+    samples: int
+    score_dtype: torch.dtype
+    targets: dict[str, float] = field(default_factory=dict)
+    ceiling_target: float | None = SCORES_TARGET
+    rules_of: None = None
+    max_norm: None = None
+    weight: float = 1.0
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def bytes_each(self) -> int:
+        import fused_clip_adam as fca
+
+        return fca.theory.bytes_per_element(grad=self.score_dtype.itemsize, samples=self.samples)
+
+
+def _cases() -> dict[str, Case | LossCase | ScoreCase]:
     """In the order of their weight: the time may not do for all."""
     bfloat16 = torch.bfloat16
     mixed = {"dtype": bfloat16, "state_dtype": torch.float32}
@@ -171,12 +193,21 @@ def _cases() -> dict[str, Case | LossCase]:
         for backend in OURS.values()
     }
     logits = LossCase("PPO from logits", "logits", targets={LIGER: 1.0}, ceiling_target=LOGITS_TARGET)
+    scores = {
+        f"scores-{samples}{suffix}": ScoreCase(f"policy step from {samples} samples' {kind} scores", samples, dtype)
+        for samples, suffix, kind, dtype in (
+            (8, "", "float32", torch.float32),
+            (64, "", "float32", torch.float32),
+            (64, "-bfloat16", "bfloat16", bfloat16),
+        )
+    }
     with_bonus = replace(logits, title="PPO from logits with entropy bonus", entropy_coef=ENTROPY_COEF, targets={})
     return {
         "step-one-tensor-clip": clipped.pop("step-one-tensor-clip"),
         "step-one-tensor": unclipped.pop("step-one-tensor"),
         "objective-logits": logits,
         "step-rules-cuda": by_rule.pop("step-rules-cuda"),
+        **scores,
         **clipped,
         "objective-logits-entropy": with_bonus,
         "objective-ppo": LossCase("PPO loss, gradient and statistics", "ppo"),
@@ -430,7 +461,9 @@ class Comparison:
     facts: dict
 
 
-def measure(case: Case | LossCase, device: str, quick: bool, budget_s: float, progress: Callable[[str], None]) -> dict:
+def measure(
+    case: Case | LossCase | ScoreCase, device: str, quick: bool, budget_s: float, progress: Callable[[str], None]
+) -> dict:
     """Candidates -> same work checked, small and at full size -> device times and host times, in alternation.
 
     Raises:
@@ -440,7 +473,8 @@ def measure(case: Case | LossCase, device: str, quick: bool, budget_s: float, pr
     begin = time.perf_counter()
     clock = gpu_harness.make_clock(device)
     say = lambda text: progress(f"{case.title}: {text}")  # noqa: E731
-    compare = compare_losses if isinstance(case, LossCase) else compare_steps
+    kinds = {Case: compare_steps, LossCase: compare_losses, ScoreCase: compare_scores}
+    compare = kinds[type(case)]
     compared = compare(case, device, quick, budget_s, clock, say)
     baseline = next(iter(compared.candidates))
     copy = Copy(compared.moved[baseline], device)
@@ -585,6 +619,79 @@ def compare_losses(
     )
 
 
+EINSUM = "einsum, then ours"
+SCORE_ELEMENTS = {8: 100_000_000, 64: 20_000_000}  # 3 and 5 GB of float32 scores: far beyond the L2
+
+
+def compare_scores(
+    case: ScoreCase, device: str, quick: bool, budget_s: float, clock: Clock, say: Callable[[str], None]
+) -> Comparison:
+    """The steps of ours that are possible here, and the gradient written first, by torch, for the first of them."""
+    import fused_clip_adam as fca
+
+    unavailable = {name: unavailable_reason(name, device) for name in OURS}
+    backends = {name: backend for name, backend in OURS.items() if unavailable[name] is None}
+    unavailable = {name: reason for name, reason in unavailable.items() if reason is not None}
+    _require_ours(list(backends), unavailable)
+
+    say("tensors")
+    elements, B = 4_000 if quick else SCORE_ELEMENTS[case.samples], case.samples
+    at = {"device": device, "generator": torch.Generator(device).manual_seed(0)}
+    scores = torch.empty(B, elements, dtype=case.score_dtype, device=device).normal_(generator=at["generator"])
+    start = torch.randn(elements, **at).mul_(0.02)
+    p = torch.nn.Parameter(start.clone())
+    moments = {"exp_avg": torch.zeros_like(start), "exp_avg_sq": torch.zeros_like(start)}
+    logp, advantages = torch.randn(B, **at), torch.randn(B, **at)  # no ratio is clipped: every score is read
+
+    def build(backend: str) -> fca.FusedClipAdamW:
+        optimizer = fca.FusedClipAdamW([p], lr=1e-4, backend=backend)
+        optimizer.state[p] = {"step": torch.zeros((), device=device), **moments}
+        return optimizer
+
+    def from_scores(backend: str) -> Callable[[], None]:
+        optimizer = build(backend)
+        return lambda: optimizer.step_from_scores([scores], logp, logp, advantages)
+
+    def contracted(backend: str) -> Callable[[], None]:
+        optimizer = build(backend)
+
+        def step() -> None:
+            weights = fca.dloss_dlogp(logp, logp, advantages, backend=backend)
+            p.grad = torch.einsum("b,bn->n", weights.to(scores.dtype), scores).to(p.dtype)
+            optimizer.step()
+
+        return step
+
+    candidates = {name: from_scores(backend) for name, backend in backends.items()}
+    candidates[EINSUM] = contracted(next(iter(backends.values())))
+
+    say("same work, full size")
+    deviations, after = {}, {}
+    with torch.no_grad():
+        for name, step in candidates.items():
+            p.copy_(start)
+            for moment in moments.values():
+                moment.zero_()
+            step()
+            after[name] = (p - start).double()
+    for name, moved in after.items():
+        deviations[name] = float((moved - after[EINSUM]).norm() / after[EINSUM].norm())
+        # A first step moves by the sign of a gradient: where it is next to 0, bfloat16 weights of the peer turn it.
+        allowed = 1e-2 if case.score_dtype == torch.float32 else 0.2
+        assert deviations[name] <= allowed, f"{name} is off by {deviations[name]:.1e} > {allowed:.0e}"
+    peer = case.bytes_each + 2 * case.score_dtype.itemsize + (0 if case.score_dtype == p.dtype else 8)
+    return Comparison(
+        title=f"{case.title} (tensors: 1, elements: {elements:,})",
+        elements=elements,
+        candidates=candidates,
+        moved={name: elements * (peer if name == EINSUM else case.bytes_each) for name in candidates},
+        before=lambda: None,  # scores and moments are far larger than the L2
+        unavailable=unavailable,
+        facts={"tensors": 1, "scores_of": B, "score_dtype": str(case.score_dtype).removeprefix("torch."),
+               "full_size_deviation": deviations},
+    )  # fmt: skip
+
+
 def make_data(case: LossCase, device: str, quick: bool) -> Tokens | Logits:
     if not case.from_logits:
         return Tokens((8, 64) if quick else (256, 4096), device)
@@ -680,7 +787,7 @@ def _moved(name: str, case: Case, elements: int) -> int | None:
     return None if passes is None else moved_bytes(passes, elements, *dtypes)
 
 
-def _targets(case: Case | LossCase, baseline: str, rows: dict[str, dict]) -> list[Target]:
+def _targets(case: Case | LossCase | ScoreCase, baseline: str, rows: dict[str, dict]) -> list[Target]:
     median = lambda name, what: rows[name][what]["p50"] if name in rows else None  # noqa: E731
     found = [Target(peer, "over_ours", least, median(peer, "over_ours")) for peer, least in case.targets.items()]
     if case.rules_of:

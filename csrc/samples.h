@@ -43,9 +43,14 @@ FCA_INLINE Philox philox(uint64_t key, uint64_t counter, uint64_t stream) {
 FCA_INLINE double standard_normal(int64_t seed, int64_t tensor, int64_t i) {
   const Philox x = philox(static_cast<uint64_t>(seed), static_cast<uint64_t>(i / 2), static_cast<uint64_t>(tensor));
   const double u = (static_cast<double>(x.word[0]) + 1.0) * 0x1p-32;  // (0, 1]
-  const double angle = 6.283185307179586 * (static_cast<double>(x.word[1]) * 0x1p-32);
+  const double turn = static_cast<double>(x.word[1]) * 0x1p-31;       // [0, 2), in units of pi
   const double size = std::sqrt(-2.0 * std::log(u));
+#if defined(__CUDA_ARCH__)
+  return size * (i % 2 == 0 ? cospi(turn) : sinpi(turn));
+#else
+  const double angle = 3.141592653589793 * turn;
   return size * (i % 2 == 0 ? std::cos(angle) : std::sin(angle));
+#endif
 }
 
 }  // namespace fca

@@ -118,10 +118,7 @@ def score_weights(
     with torch.no_grad():
         inputs, call, run = losses.prepare(logp, old_logp, advantages, options)
         _, grad, _, scale, stats = run(*call, True)
-        weights = grad.double() * scale
-        if inputs.slope is not None:
-            weights = weights * inputs.slope.double()
-        weights = weights.reshape(logp.shape)
+        weights = (grad * scale if inputs.slope is None else grad * scale * inputs.slope).double().reshape(logp.shape)
         if by_sequence:  # the tokens that count share one weight, the others have none
             most = weights.abs().argmax(dim=1, keepdim=True) if logp.shape[1] else None
             weights = weights.new_zeros(logp.shape[0]) if most is None else weights.gather(1, most).squeeze(1)

@@ -23,6 +23,7 @@ from fused_clip_adam.rules import (
     grad_clip_rules,
     overshoot_rules,
 )
+from fused_clip_adam.rules.rule import count
 
 _CONVERGED = 1e-16  # a rest below this share of a sum does not change it in float64
 
@@ -283,6 +284,8 @@ def bytes_per_element(
     grad_clip: Any = None,
     overshoot: Any = None,
     reset: Any = None,
+    samples: int | None = None,
+    sample_norms: bool = False,
 ) -> int:
     """Bytes a step must move per parameter element, reading and writing.
 
@@ -293,15 +296,22 @@ def bytes_per_element(
         param, grad, state: widths in bytes of an element of each.
         norm: this step's norm is needed whatever the rules: `skip_nonfinite=True`, or a clip of another group.
         amsgrad, grad_clip, overshoot, reset: as `FusedClipAdamW`, any combination that it accepts.
+        samples: of `step_from_scores`: a gradient is summed up from so many samples (those of weight 0 are not read)
+            each time it is needed, and `grad` is the width of a score. None: `step()`.
+        sample_norms: of `step_from_scores`: `max_sample_norm` is given.
 
     Raises:
         ValueError, TypeError: as `FusedClipAdamW`, for rules that do not go together.
     """
     clips, shapes = grad_clip_rules(as_grad_clip(grad_clip)), overshoot_rules(as_overshoot(overshoot))
     rules = (*clips, *shapes, *(() if as_reset(reset) is None else (reset,)))
+    if samples is not None:
+        grad *= count("bytes_per_element", "samples", samples, 0)
     width = {"param": param, "grad": grad, "exp_avg": state, "exp_avg_sq": state}
     total = 2 * param + grad + 4 * state + (2 * state if amsgrad else 0)
     if norm or any(rule.needs_norm for rule in rules):
+        total += grad
+    if sample_norms:
         total += grad
     spiked = any(isinstance(rule, SpikeClip) for rule in rules)
     for rule in rules:

@@ -45,7 +45,10 @@ def test_every_shape_and_dtype_comes_with_and_without_clip_and_targets_are_those
         "step-one-tensor-clip",
         "step-one-tensor",
     ]
-    losses = {name: case for name, case in gpu.CASES.items() if name not in steps}
+    scores = {name: case for name, case in gpu.CASES.items() if isinstance(case, gpu.ScoreCase)}
+    assert {(case.samples, case.ceiling_target) for case in scores.values()} == {(8, 0.9), (64, 0.9)}
+    assert {case.bytes_each for case in scores.values()} == {8 * 4 + 24, 64 * 4 + 24, 64 * 2 + 24}
+    losses = {name: case for name, case in gpu.CASES.items() if name not in steps and name not in scores}
     assert set(losses) == {"objective-logits", "objective-logits-entropy", "objective-ppo", "objective-gspo"}
     assert {name: case.targets for name, case in losses.items() if case.targets} == {"objective-logits": {"Liger": 1.0}}
     # Within 1.25 times of the floor is 80% of the copy.
@@ -325,6 +328,8 @@ def made_up(name: str, *, ours_ms: float = 12.0, **changes) -> dict:
     candidates = list(gpu_peers.rules()) if case.rules_of else ["ours, cuda", "ours, triton", "torch fused"]
     if isinstance(case, gpu.LossCase):
         candidates = list(gpu_peers.loss_peers(case.kind, case.entropy_coef))
+    elif isinstance(case, gpu.ScoreCase):
+        candidates = ["ours, cuda", "ours, triton", gpu.EINSUM]
     elif case.max_norm is not None:
         candidates += ["torch fused, grad_scale"]
     baseline, n = candidates[0], 1_000_000_000
@@ -333,6 +338,8 @@ def made_up(name: str, *, ours_ms: float = 12.0, **changes) -> dict:
     if isinstance(case, gpu.LossCase):
         peers = gpu_peers.loss_peers(case.kind, case.entropy_coef, case.dtype.itemsize)
         moved = {own: peer.bytes_each and n * peer.bytes_each for own, peer in peers.items()}
+    elif isinstance(case, gpu.ScoreCase):
+        moved = dict.fromkeys(candidates, n * case.bytes_each)
     else:
         moved = {own: gpu._moved(own, case, n) for own in candidates}
     moved[COPY] = 3_000_000_000

@@ -7,6 +7,7 @@ import torch
 from cases import RULES, make_stats
 
 import fused_clip_adam as fca
+from benchmarks.test_scores import grown
 from fused_clip_adam.backends import reference, scalars
 
 P, G, S = 2, 4, 8  # widths that no sum confuses: what is counted are slots
@@ -22,9 +23,15 @@ READS = {  # what each reduction reads beside the gradient: `summand` of csrc/up
 WIDTH = {"param": P, "grad": G, "exp_avg": S, "exp_avg_sq": S}
 
 
-def counted(monkeypatch, options: dict, cls=fca.FusedClipAdamW) -> int:
-    """Bytes an element of one step, from the calls that it makes of the backend."""
+def plain_step(opt, p) -> None:
+    p.grad = torch.randn(3, 5)
+    opt.step()
+
+
+def counted(monkeypatch, options: dict, cls=fca.FusedClipAdamW, step=plain_step, grad=G) -> int:
+    """Bytes an element of one step, from the calls that it makes of the backend; `grad`: to read a gradient once."""
     moved: list[int] = []
+    width = {**WIDTH, "grad": grad}
 
     def watch(name, cost):
         real = getattr(reference, name)
@@ -37,18 +44,18 @@ def counted(monkeypatch, options: dict, cls=fca.FusedClipAdamW) -> int:
 
     def reduced(placed, values, batch, first, kind, coupled, spiked, unit_factors):
         also = {"exp_avg_sq"} if spiked and kind in (scalars.DOT, scalars.AGREE) else set()
-        return G + sum(WIDTH[name] for name in {*READS[kind], *also})
+        return grad + sum(width[name] for name in {*READS[kind], *also})
 
-    watch("grad_square_sums", lambda placed: G)
-    watch("unit_sums", lambda placed, batch: G + P)
+    watch("grad_square_sums", lambda placed: grad)
+    watch("sample_square_sums", lambda placed: grad)
+    watch("unit_sums", lambda placed, batch: grad + P)
     watch("reduce", reduced)
     amsgrad = options.get("amsgrad", False)
-    watch("update_", lambda *args: 2 * P + G + 4 * S + (2 * S if amsgrad else 0))
+    watch("update_", lambda *args: 2 * P + grad + 4 * S + (2 * S if amsgrad else 0))
     p = torch.nn.Parameter(torch.randn(3, 5))
     opt = cls([p], backend="reference", **options)
-    p.grad = torch.randn(3, 5)
     opt.observe(make_stats(1))
-    opt.step()
+    step(opt, p)
     return sum(moved)
 
 
@@ -68,6 +75,22 @@ def test_bytes_are_those_of_the_passes_that_are_made(monkeypatch, name):
     options = {**RULES, **COMBINED}[name]
     asked = {key: options[key] for key in ("amsgrad", "grad_clip", "overshoot", "reset") if key in options}
     assert fca.theory.bytes_per_element(P, G, S, **asked) == counted(monkeypatch, options)
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("sample_norms", (False, True))
+def test_bytes_of_a_step_from_scores(monkeypatch, name, sample_norms):
+    B, options = 3, RULES[name]
+    asked = {key: options[key] for key in ("amsgrad", "grad_clip", "overshoot", "reset") if key in options}
+    expected = fca.theory.bytes_per_element(P, G, S, samples=B, sample_norms=sample_norms, **asked)
+    bound = 1.0 if sample_norms else None
+
+    def step(opt, p):
+        opt.step_from_scores(
+            [torch.randn(B, 3, 5)], torch.zeros(B), torch.zeros(B), torch.ones(B), max_sample_norm=bound
+        )
+
+    assert expected == counted(monkeypatch, options, step=step, grad=B * G)
 
 
 def test_norm_for_the_guard_is_counted(monkeypatch):
@@ -103,3 +126,9 @@ def test_fadam_moves_44_bytes(monkeypatch):
 def test_byte_table(float32, options):
     rules = {key: options[key] for key in ("grad_clip", "overshoot", "reset") if key in options}
     assert fca.theory.bytes_per_element(**rules) == float32
+
+
+def test_policy_step_has_no_gradient_sized_buffer():
+    # The largest resident set of a process of its own: 100 MB of gradient would show. Contracting first has one.
+    assert grown("ours", 25_000_000) < 0.1
+    assert grown("einsum, then our step", 25_000_000) > 0.9

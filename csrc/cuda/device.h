@@ -11,6 +11,7 @@
 #include <optional>
 
 #include "../check_args.h"
+#include "../samples.h"
 #include "../update_math.h"
 
 #if defined(CUDA_ON_CPU)
@@ -51,6 +52,14 @@ inline DeviceScalar device_scalar(const std::optional<Tensor>& tensor, const cha
 struct Chunk {
   int64_t row, begin;
 };
+
+// sample_weights: float64 [samples], where gradients are stacks of samples; seed: int64 [1].
+inline Samples samples_of(const std::optional<Tensor>& sample_weights, const std::optional<Tensor>& seed,
+                          double noise) {
+  if (seed) check_buffer(*seed, ScalarType::Long, 1, "seed");
+  return {sample_weights ? const_data<double>(*sample_weights) : nullptr, seed ? const_data<int64_t>(*seed) : nullptr,
+          noise};
+}
 
 // Makes a tensor's device and torch's current stream there the ones to launch on.
 class Launcher {

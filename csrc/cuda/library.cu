@@ -19,21 +19,26 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_clip_adam, m) {
       "cuda_norm(Tensor fixed, Tensor fresh, int chunks_at, int first_chunk, int chunks, int chunk_size, "
       "int grad_dtype, Tensor(a!) partials) -> ()");
   m.def(
+      "cuda_sample_squares(Tensor fixed, Tensor fresh, int chunks_at, int first_chunk, int chunks, int chunk_size, "
+      "int grad_dtype, Tensor sample_weights, Tensor(a!) partials) -> ()");
+  m.def(
       "cuda_prologue(Tensor fixed, Tensor fresh, int rows, Tensor? group_signals, Tensor? square_sums, "
       "Tensor? grad_scale, Tensor? found_inf, Tensor? observed, Tensor(a!) grad_square_sum, Tensor(b!) steps_skipped, "
       "bool skip_nonfinite, Tensor(c!) scalars) -> ()");
   m.def(
       "cuda_reduce(Tensor fixed, Tensor fresh, int chunks_at, int first_chunk, int chunks, int chunk_size, "
       "int param_dtype, int grad_dtype, int state_dtype, Tensor? scalars, int kind, bool coupled, bool spiked, "
-      "Tensor? unit_factors, Tensor? unit_starts, Tensor(a!) pairs) -> ()");
+      "Tensor? unit_factors, Tensor? unit_starts, Tensor? sample_weights, Tensor? seed, float noise, "
+      "Tensor(a!) pairs) -> ()");
   m.def(
       "cuda_unit_sums(Tensor fixed, Tensor fresh, Tensor unit_chunks, int first_chunk, int chunks, int param_dtype, "
-      "Tensor starts, Tensor(a!) sums) -> ()");
+      "Tensor starts, Tensor? sample_weights, Tensor? seed, float noise, Tensor(a!) sums) -> ()");
   m.def(
       "cuda_update_(Tensor fixed, Tensor fresh, int chunks_at, int first_chunk, int chunks, int chunk_size, "
       "int param_dtype, int grad_dtype, int state_dtype, Tensor scalars, bool coupled, bool amsgrad, int overshoot, "
       "int block, bool guarded, Tensor? unit_factors, Tensor? unit_starts, Tensor(a!)? dots, "
-      "Tensor(b!)? grad_square_sum, Tensor(c!) partials, Tensor(d!) finished) -> ()");
+      "Tensor(b!)? grad_square_sum, Tensor? sample_weights, Tensor? seed, float noise, Tensor(c!) partials, "
+      "Tensor(d!) finished) -> ()");
   m.def(
       "cuda_policy_loss(Tensor logp, Tensor old_logp, Tensor advantages, Tensor? mask, Tensor? weights, Tensor? aux, "
       "Tensor? ref_logp, Tensor? entropy, Tensor? sequence_ids, Tensor? sequence_order, Tensor? sequence_offsets, "

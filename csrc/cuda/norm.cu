@@ -54,6 +54,45 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const int64_t* fixed, co
   if (threadIdx.x == 0) partials[blockIdx.x] = total;
 }
 
+// Sums of squares of single samples: partials[chunk][sample], 0 for samples of weight 0, which are not read. Reads
+// every score once. A block takes one sample of a chunk.
+template <typename S, typename T>
+__global__ void __launch_bounds__(kThreads)
+    sample_squares_kernel(const int64_t* fixed, const int64_t* grads, const Chunk* chunks, int64_t chunk_size,
+                          DType dtype, const double* weights, int64_t samples, double* partials) {
+  __shared__ double fold[kThreads / kWarp];
+  const int64_t b = blockIdx.x % samples;
+  if (weights[b] == 0.0) {
+    if (threadIdx.x == 0) partials[blockIdx.x] = 0.0;
+    return;
+  }
+  const Chunk chunk = chunks[blockIdx.x / samples];
+  const Row& row = reinterpret_cast<const Row*>(fixed)[chunk.row];
+  const int64_t end = chunk.begin + chunk_size < row.numel ? chunk.begin + chunk_size : row.numel;
+  const int64_t address = grads[chunk.row] + b * row.sample * static_cast<int64_t>(sizeof(S));
+  const double sum = row.flat != 0 ? sum_squares_runs<S, T, 16 / sizeof(S)>(address, chunk.begin, end)
+                                   : sum_squares_singles<T>(dtype, address, fixed + row.strided, chunk.begin, end);
+  const double total = block_sum<kThreads>(sum, fold);
+  if (threadIdx.x == 0) partials[blockIdx.x] = total;
+}
+
+void cuda_sample_squares(const Tensor& fixed, const Tensor& fresh, int64_t chunks_at, int64_t first_chunk,
+                         int64_t chunks, int64_t chunk_size, int64_t grad_dtype, const Tensor& sample_weights,
+                         const Tensor& partials) {
+  const int64_t* words = const_data<int64_t>(fixed);
+  const auto* chunk = reinterpret_cast<const Chunk*>(words + chunks_at) + first_chunk;
+  const DType dtype = static_cast<DType>(grad_dtype);
+  const int64_t samples = sample_weights.numel();
+  if (samples == 0) return;
+  auto kernel = sample_squares_kernel<float, float>;
+  if (dtype == DType::F64) kernel = sample_squares_kernel<double, double>;
+  if (dtype == DType::BF16) kernel = sample_squares_kernel<BFloat16, float>;
+  if (dtype == DType::F16) kernel = sample_squares_kernel<Float16, float>;
+  Launcher(fixed).run("sample_squares_kernel", kernel, chunks * samples, kThreads, words, const_data<int64_t>(fresh),
+                      chunk, chunk_size, dtype, const_data<double>(sample_weights), samples,
+                      mutable_data<double>(partials) + first_chunk * samples);
+}
+
 void cuda_norm(const Tensor& fixed, const Tensor& fresh, int64_t chunks_at, int64_t first_chunk, int64_t chunks,
                int64_t chunk_size, int64_t grad_dtype, const Tensor& partials) {
   const int64_t* words = const_data<int64_t>(fixed);
@@ -70,4 +109,7 @@ void cuda_norm(const Tensor& fixed, const Tensor& fresh, int64_t chunks_at, int6
 }  // namespace
 }  // namespace fca
 
-FCA_REGISTER(m) { m.impl("cuda_norm", TORCH_BOX(&fca::cuda_norm)); }
+FCA_REGISTER(m) {
+  m.impl("cuda_norm", TORCH_BOX(&fca::cuda_norm));
+  m.impl("cuda_sample_squares", TORCH_BOX(&fca::cuda_sample_squares));
+}

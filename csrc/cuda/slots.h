@@ -2,6 +2,8 @@
 // element, in any dtype and any strides.
 #pragma once
 
+#include <type_traits>
+
 #include "device.h"
 
 namespace fca {
@@ -50,23 +52,61 @@ struct Runs {
     return span.base >= span.begin && span.base + kTile <= span.end;
   }
 
+  // One run, as it is stored.
+  template <typename S>
+  struct Words {
+    static constexpr int kBytes = WIDTH * sizeof(S);
+    using Word = std::conditional_t<kBytes == 8, uint2, uint4>;
+    static constexpr int kWords = kBytes / sizeof(Word), kPerWord = sizeof(Word) / sizeof(S);
+    static_assert(kBytes % sizeof(Word) == 0, "whole words of 8 or 16 bytes");
+    Word word[kWords];
+
+    __device__ __forceinline__ void load(int64_t address) {
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) word[w] = __ldcg(reinterpret_cast<const Word*>(address) + w);
+    }
+    __device__ __forceinline__ void store(int64_t address) const {
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) __stcg(reinterpret_cast<Word*>(address) + w, word[w]);
+    }
+    template <typename T>
+    __device__ __forceinline__ T at(int j) const {
+      S stored;
+      memcpy(&stored, reinterpret_cast<const char*>(&word[j / kPerWord]) + (j % kPerWord) * sizeof(S), sizeof(S));
+      return load_as<T>(stored);
+    }
+    template <typename T>
+    __device__ __forceinline__ void put(int j, T x) {
+      const S stored = store_as<S>(x);
+      memcpy(reinterpret_cast<char*>(&word[j / kPerWord]) + (j % kPerWord) * sizeof(S), &stored, sizeof(S));
+    }
+  };
+
   template <bool WHOLE, typename S, typename T>
   static __device__ __forceinline__ void load(int64_t address, const Span& span, T (&held)[kHeld]) {
-    static_assert(WIDTH * sizeof(S) % 16 == 0, "whole 16-byte words");
+    // 16-byte words, if a run has whole ones; registers and speed have been measured with these.
     constexpr int kWords = WIDTH * sizeof(S) / 16, kPerWord = 16 / sizeof(S);
 #pragma unroll
     for (int run = 0; run < kHeld / WIDTH; ++run) {
       const int64_t i = span.base + place(run * WIDTH);
       if (WHOLE || (i >= span.begin && i + WIDTH <= span.end)) {
-        const uint4* source = reinterpret_cast<const uint4*>(reinterpret_cast<const S*>(address) + i);
-        uint4 words[kWords];
+        if constexpr (kWords > 0) {
+          const uint4* source = reinterpret_cast<const uint4*>(reinterpret_cast<const S*>(address) + i);
+          uint4 words[kWords];
 #pragma unroll
-        for (int w = 0; w < kWords; ++w) words[w] = __ldcg(source + w);
+          for (int w = 0; w < kWords; ++w) words[w] = __ldcg(source + w);
 #pragma unroll
-        for (int j = 0; j < WIDTH; ++j) {
-          S stored;
-          memcpy(&stored, reinterpret_cast<const char*>(&words[j / kPerWord]) + (j % kPerWord) * sizeof(S), sizeof(S));
-          held[run * WIDTH + j] = load_as<T>(stored);
+          for (int j = 0; j < WIDTH; ++j) {
+            S stored;
+            memcpy(&stored, reinterpret_cast<const char*>(&words[j / kPerWord]) + (j % kPerWord) * sizeof(S),
+                   sizeof(S));
+            held[run * WIDTH + j] = load_as<T>(stored);
+          }
+        } else {
+          Words<S> words;
+          words.load(address + i * static_cast<int64_t>(sizeof(S)));
+#pragma unroll
+          for (int j = 0; j < WIDTH; ++j) held[run * WIDTH + j] = words.template at<T>(j);
         }
       } else {
 #pragma unroll
@@ -85,15 +125,22 @@ struct Runs {
     for (int run = 0; run < kHeld / WIDTH; ++run) {
       const int64_t i = span.base + place(run * WIDTH);
       if (WHOLE || (i >= span.begin && i + WIDTH <= span.end)) {
-        uint4 words[kWords];
+        if constexpr (kWords > 0) {
+          uint4 words[kWords];
 #pragma unroll
-        for (int j = 0; j < WIDTH; ++j) {
-          const S stored = store_as<S>(held[run * WIDTH + j]);
-          memcpy(reinterpret_cast<char*>(&words[j / kPerWord]) + (j % kPerWord) * sizeof(S), &stored, sizeof(S));
+          for (int j = 0; j < WIDTH; ++j) {
+            const S stored = store_as<S>(held[run * WIDTH + j]);
+            memcpy(reinterpret_cast<char*>(&words[j / kPerWord]) + (j % kPerWord) * sizeof(S), &stored, sizeof(S));
+          }
+          uint4* target = reinterpret_cast<uint4*>(reinterpret_cast<S*>(address) + i);
+#pragma unroll
+          for (int w = 0; w < kWords; ++w) __stcg(target + w, words[w]);
+        } else {
+          Words<S> words;
+#pragma unroll
+          for (int j = 0; j < WIDTH; ++j) words.template put<T>(j, held[run * WIDTH + j]);
+          words.store(address + i * static_cast<int64_t>(sizeof(S)));
         }
-        uint4* target = reinterpret_cast<uint4*>(reinterpret_cast<S*>(address) + i);
-#pragma unroll
-        for (int w = 0; w < kWords; ++w) __stcg(target + w, words[w]);
       } else {
 #pragma unroll
         for (int j = 0; j < WIDTH; ++j) {

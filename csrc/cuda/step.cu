@@ -209,6 +209,7 @@ struct Work {
   const double* unit_factors;
   const int64_t* unit_starts;
   double* dots;
+  Samples samples;          // where the gradients are stacks of samples
   double* grad_square_sum;  // null: the norm is known already
   double* partials;
   int* finished;  // blocks of this launch that are done; 0 between launches
@@ -249,22 +250,23 @@ __device__ __forceinline__ Place place_of(const Work& work, const Chunk& chunk) 
   return {chunk, row, chunk.begin + work.chunk_size < row.numel ? chunk.begin + work.chunk_size : row.numel};
 }
 
-template <bool AMSGRAD, bool GUARDED, bool GATED, typename T>
+template <bool AMSGRAD, bool GUARDED, bool GATED, bool SAMPLED, typename T>
 __device__ __forceinline__ Sums update_singles(const Work& work, const Place& place, const StepScalars<T>& s,
                                                const Options& options, Shared& shared) {
   // Logical blocks and output rows are runs of the row-major order, so memory order will do only where the two agree.
   const bool logical = options.rule == Overshoot::ALIGN_BLOCK || (GUARDED && options.units.factors != nullptr);
-  const bool flat = logical ? place.row.strided == 0 : place.row.flat != 0;
-  const SinglesOfRow<T> access = {
-      {}, place.row, work.grads[place.chunk.row], flat ? nullptr : work.fixed + place.row.strided};
+  const bool flat = logical ? place.row.strided == 0 : in_memory_order(place.row, work.samples);
+  const SinglesOfRow<T, SAMPLED> access = {
+      {},           place.row,      work.grads[place.chunk.row], flat ? nullptr : work.fixed + place.row.strided,
+      work.samples, place.chunk.row};
   return update_chunk<AMSGRAD, GUARDED, GATED>(access, s, options, place.chunk.begin, place.end, work.block, shared);
 }
 
-template <typename RowAccess, bool GUARDED, bool GATED>
+template <typename RowAccess, bool GUARDED, bool GATED, bool SAMPLED>
 __device__ __forceinline__ Sums update_runs(const Work& work, const Place& place, const StepScalars<float>& s,
                                             const Options& options, Shared& shared) {
-  const RowAccess access(place.row, work.grads[place.chunk.row]);
-  bool runs = place.row.flat != 0 && access.fits();
+  const RowAccess access(place.row, work.grads[place.chunk.row], work.samples);
+  bool runs = place.row.flat != 0 && access.fits() && (!SAMPLED || work.samples.seed == nullptr);
   if (GUARDED && options.units.factors != nullptr) runs = runs && place.row.strided == 0;
   if (options.rule == Overshoot::ALIGN_BLOCK) {  // every logical block has to start on a 16-byte boundary
     runs = runs && place.row.strided == 0 && access.pad(0) == 0 && work.block % RowAccess::kWidth == 0;
@@ -272,7 +274,7 @@ __device__ __forceinline__ Sums update_runs(const Work& work, const Place& place
   if (runs) {
     return update_chunk<false, GUARDED, GATED>(access, s, options, place.chunk.begin, place.end, work.block, shared);
   }
-  return update_singles<false, GUARDED, GATED>(work, place, s, options, shared);
+  return update_singles<false, GUARDED, GATED, SAMPLED>(work, place, s, options, shared);
 }
 
 // Tensors of any dtype and layout, and amsgrad.
@@ -284,7 +286,7 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once<1>(RULE, sizeof(T) ==
   const TensorScalars& scalars = work.scalars[chunk.row];
   if (scalars.skip != 0.0) return;
   const Options options = {RULE, COUPLED, false, {nullptr, 0}};
-  const Sums sums = update_singles<AMSGRAD, false, RULE == Overshoot::ALIGN_BLOCK>(
+  const Sums sums = update_singles<AMSGRAD, false, RULE == Overshoot::ALIGN_BLOCK, false>(
       work, place_of(work, chunk), rounded<T>(scalars.step), options, shared);
   if (work.grad_square_sum != nullptr) gather_norm(work, sums.squares, scalars.unscale, shared);
 }
@@ -299,7 +301,7 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once<16 / sizeof(SP)>(RULE
   const TensorScalars& scalars = work.scalars[chunk.row];
   if (scalars.skip != 0.0) return;
   const Options options = {RULE, COUPLED, false, {nullptr, 0}};
-  const Sums sums = update_runs<RunsOfRow<SP, SG, SS>, false, RULE == Overshoot::ALIGN_BLOCK>(
+  const Sums sums = update_runs<RunsOfRow<SP, SG, SS>, false, RULE == Overshoot::ALIGN_BLOCK, false>(
       work, place_of(work, chunk), rounded<float>(scalars.step), options, shared);
   if (work.grad_square_sum != nullptr) gather_norm(work, sums.squares, scalars.unscale, shared);
 }
@@ -326,15 +328,15 @@ constexpr int kGuardedBlocks = 3;  // of float32; elsewhere ptxas would spill a 
 constexpr int kGuardedBlocks = 2;
 #endif
 
-template <typename T, bool AMSGRAD>
+template <typename T, bool AMSGRAD, bool SAMPLED>
 __global__ void __launch_bounds__(kThreads, 2) update_singles_guarded_kernel(Work work) {
   __shared__ Shared shared;
   const Chunk chunk = work.chunks[chunk_index()];
   const TensorScalars& scalars = work.scalars[chunk.row];
   if (scalars.skip != 0.0) return;
   const Place place = place_of(work, chunk);
-  const Sums sums = update_singles<AMSGRAD, true, true>(work, place, rounded<T>(scalars.step),
-                                                        guarded_options(work, chunk, place.row), shared);
+  const Sums sums = update_singles<AMSGRAD, true, true, SAMPLED>(work, place, rounded<T>(scalars.step),
+                                                                 guarded_options(work, chunk, place.row), shared);
   finish_guarded(work, sums, scalars.unscale, shared);
 }
 
@@ -346,8 +348,22 @@ __global__ void __launch_bounds__(kThreads, sizeof(SP) == 4 ? kGuardedBlocks : 2
   const TensorScalars& scalars = work.scalars[chunk.row];
   if (scalars.skip != 0.0) return;
   const Place place = place_of(work, chunk);
-  const Sums sums = update_runs<RunsOfRow<SP, SG, SS>, true, true>(work, place, rounded<float>(scalars.step),
-                                                                   guarded_options(work, chunk, place.row), shared);
+  const Sums sums = update_runs<RunsOfRow<SP, SG, SS>, true, true, false>(
+      work, place, rounded<float>(scalars.step), guarded_options(work, chunk, place.row), shared);
+  finish_guarded(work, sums, scalars.unscale, shared);
+}
+
+// The policy step: gradients are summed up from samples as they are read. B s + 28 bytes per float32 element, s of a
+// score; 2 operations a score beside the update's.
+template <typename SP, typename SG, typename SS>
+__global__ void __launch_bounds__(kThreads, 2) update_samples_kernel(Work work) {
+  __shared__ Shared shared;
+  const Chunk chunk = work.chunks[chunk_index()];
+  const TensorScalars& scalars = work.scalars[chunk.row];
+  if (scalars.skip != 0.0) return;
+  const Place place = place_of(work, chunk);
+  const Sums sums = update_runs<RunsOfSamples<SP, SG, SS>, true, true, true>(
+      work, place, rounded<float>(scalars.step), guarded_options(work, chunk, place.row), shared);
   finish_guarded(work, sums, scalars.unscale, shared);
 }
 
@@ -380,18 +396,34 @@ Kernel choose_of_rule(DType param, DType grad, DType state, bool amsgrad, bool c
                              : choose_singles<float, RULE>(amsgrad, coupled);
 }
 
+template <bool SAMPLED>
+Kernel choose_singles_guarded(DType param, bool amsgrad) {
+  if (param == DType::F64) {
+    return amsgrad ? update_singles_guarded_kernel<double, true, SAMPLED>
+                   : update_singles_guarded_kernel<double, false, SAMPLED>;
+  }
+  return amsgrad ? update_singles_guarded_kernel<float, true, SAMPLED>
+                 : update_singles_guarded_kernel<float, false, SAMPLED>;
+}
+
 Kernel choose_guarded(DType param, DType grad, DType state, bool amsgrad) {
 #define FCA_KERNEL(SP, SG, SS) update_runs_guarded_kernel<SP, SG, SS>
   const Kernel runs = FCA_CHOOSE_RUNS(param, grad, state, FCA_KERNEL, Kernel(nullptr));
 #undef FCA_KERNEL
   if (!amsgrad && runs != nullptr) return runs;
-  if (param == DType::F64) {
-    return amsgrad ? update_singles_guarded_kernel<double, true> : update_singles_guarded_kernel<double, false>;
-  }
-  return amsgrad ? update_singles_guarded_kernel<float, true> : update_singles_guarded_kernel<float, false>;
+  return choose_singles_guarded<false>(param, amsgrad);
 }
 
-Kernel choose(DType param, DType grad, DType state, Overshoot rule, bool amsgrad, bool coupled, bool guarded) {
+Kernel choose_samples(DType param, DType grad, DType state, bool amsgrad) {
+#define FCA_KERNEL(SP, SG, SS) update_samples_kernel<SP, SG, SS>
+  const Kernel runs = FCA_CHOOSE_SAMPLES(param, grad, state, FCA_KERNEL, Kernel(nullptr));
+#undef FCA_KERNEL
+  return !amsgrad && runs != nullptr ? runs : choose_singles_guarded<true>(param, amsgrad);
+}
+
+Kernel choose(DType param, DType grad, DType state, Overshoot rule, bool amsgrad, bool coupled, bool guarded,
+              bool sampled) {
+  if (sampled) return choose_samples(param, grad, state, amsgrad);
   if (guarded) return choose_guarded(param, grad, state, amsgrad);
   switch (rule) {
     case Overshoot::NONE:
@@ -417,7 +449,8 @@ void cuda_update_(const Tensor& fixed, const Tensor& fresh, int64_t chunks_at, i
                   int64_t chunk_size, int64_t param_dtype, int64_t grad_dtype, int64_t state_dtype,
                   const Tensor& scalars, bool coupled, bool amsgrad, int64_t overshoot, int64_t block, bool guarded,
                   std::optional<Tensor> unit_factors, std::optional<Tensor> unit_starts, std::optional<Tensor> dots,
-                  std::optional<Tensor> grad_square_sum, const Tensor& partials, const Tensor& finished) {
+                  std::optional<Tensor> grad_square_sum, std::optional<Tensor> sample_weights,
+                  std::optional<Tensor> seed, double noise, const Tensor& partials, const Tensor& finished) {
   check(block >= 1 && chunk_size % block == 0, "chunk_size must be a multiple of block, got ", chunk_size, " and ",
         block);
   if (grad_square_sum) check_buffer(*grad_square_sum, ScalarType::Double, 1, "grad_square_sum");
@@ -435,11 +468,13 @@ void cuda_update_(const Tensor& fixed, const Tensor& fresh, int64_t chunks_at, i
                      unit_factors ? const_data<double>(*unit_factors) : nullptr,
                      unit_starts ? const_data<int64_t>(*unit_starts) : nullptr,
                      dots ? mutable_data<double>(*dots) + first_chunk : nullptr,
+                     samples_of(sample_weights, seed, noise),
                      grad_square_sum ? mutable_data<double>(*grad_square_sum) : nullptr,
                      mutable_data<double>(partials) + first_chunk,
                      mutable_data<int>(finished)};
-  const Kernel kernel = choose(static_cast<DType>(param_dtype), static_cast<DType>(grad_dtype),
-                               static_cast<DType>(state_dtype), work.rule, amsgrad, coupled, guarded);
+  const Kernel kernel =
+      choose(static_cast<DType>(param_dtype), static_cast<DType>(grad_dtype), static_cast<DType>(state_dtype),
+             work.rule, amsgrad, coupled, guarded, sample_weights.has_value());
   Launcher(fixed).run("update_kernel", kernel, chunks, kThreads, work);
 }
 

@@ -20,6 +20,7 @@ __all__ = [
     "place",
     "prologue",
     "reduce",
+    "sample_square_sums",
     "tensor_table",
     "unavailable",
     "unit_sums",
@@ -81,6 +82,31 @@ def prologue(placed: DeviceTables, *signals) -> Tensor:
     return placed.scalars
 
 
+def _samples_of(placed: DeviceTables) -> tuple:
+    """(weights, seed, noise) of the samples that the gradients are made of."""
+    own = placed.samples
+    return (None, None, 0.0) if own is None else (own.weights, own.seed, own.noise)
+
+
+def sample_square_sums(placed: DeviceTables) -> Tensor:
+    """One launch a batch, and a sum over chunks in their order. See reference_step.py."""
+    own = placed.samples
+    sums = torch.zeros(placed.partials.numel(), own.count, dtype=torch.float64, device=placed.device)
+    for launch in placed.launches:
+        _sample_squares(
+            placed.fixed,
+            placed.fresh,
+            placed.chunks_at,
+            launch.first_chunk,
+            launch.chunks,
+            launch.chunk_size,
+            launch.dtypes[1],
+            own.weights,
+            sums,
+        )
+    return sums.sum(0)
+
+
 def reduce(
     placed: DeviceTables,
     values: Tensor | None,
@@ -108,6 +134,7 @@ def reduce(
                 spiked,
                 unit_factors,
                 None if unit_factors is None else placed.units().starts,
+                *_samples_of(placed),
                 placed.pairs,
             )
     return rows_of_pairs(placed, batch, first, maximum=kind == scalars.SQUARES_MAX)
@@ -126,6 +153,7 @@ def unit_sums(placed: DeviceTables, batch: int) -> Tensor:
             launch.chunks,
             launch.dtypes[0],
             units.starts,
+            *_samples_of(placed),
             sums,
         )
     return sums
@@ -166,6 +194,7 @@ def update_(
                 None if unit_factors is None else placed.units().starts,
                 momentum_dots,
                 grad_square_sum,
+                *_samples_of(placed),
                 placed.partials,
                 placed.finished,
             )
@@ -177,4 +206,5 @@ if not _reason:
     _prologue = torch.ops.fused_clip_adam.cuda_prologue.default
     _reduce = torch.ops.fused_clip_adam.cuda_reduce.default
     _unit_sums = torch.ops.fused_clip_adam.cuda_unit_sums.default
+    _sample_squares = torch.ops.fused_clip_adam.cuda_sample_squares.default
     _update = torch.ops.fused_clip_adam.cuda_update_.default

@@ -1,0 +1,197 @@
+"""The single-pass policy step against contracting the scores first, in alternation, and what it needs of memory."""
+
+from __future__ import annotations
+
+import functools
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import fused_clip_adam as fca
+from benchmarks import stream
+from benchmarks.harness import BASELINE, REPLAY, ROOT, Target, alternate, conditions_of, summarize
+
+pytestmark = pytest.mark.benchmark(timer=REPLAY)
+
+STREAM = "stream (ceiling)"
+EINSUM, MATMUL = "einsum, then our step", "matmul into .grad, then our step"
+ALIGN, BOUND = "ours, align", "ours, max_sample_norm"
+FASTER, OF_STREAM = 1.3, 0.8
+
+
+@dataclass(frozen=True)
+class Case:
+    samples: int
+    dtype: torch.dtype  # of the scores; parameters and moments are float32
+
+    @property
+    def title(self) -> str:
+        return f"step from {self.samples} samples' scores, {str(self.dtype).removeprefix('torch.')}"
+
+
+CASES = {
+    "scores-8": Case(8, torch.float32),
+    "scores-64": Case(64, torch.float32),
+    "scores-64-bfloat16": Case(64, torch.bfloat16),
+}
+
+
+def shapes(quick: bool) -> list[tuple[int, ...]]:
+    """An actor of 5M parameters, as a policy for control has: `quick`: 80k."""
+    width = 256 if quick else 2048
+    return [(width, width // 2), (width,), (width // 2, width), (width // 2,), (width // 4, width // 2), (18, width)]
+
+
+def measure(case: Case, quick: bool, progress: Callable[[str], None]) -> tuple[dict, dict[str, list[float]]]:
+    """Candidates in alternation on the same parameters and scores: 1.3 GB of them at B = 64, as much for the stream."""
+    generator = torch.Generator().manual_seed(0)
+    B = case.samples
+    start = [torch.randn(shape, generator=generator).mul_(0.02) for shape in shapes(quick)]
+    scores = [torch.randn(B, *p.shape, generator=generator).to(case.dtype) for p in start]
+    elements = sum(p.numel() for p in start)
+    logp = torch.randn(B, generator=generator)  # as sampled: no ratio is clipped, so that every score is read
+    advantages = torch.randn(B, generator=generator)
+
+    def build(**options) -> tuple[list[torch.nn.Parameter], fca.FusedClipAdamW]:
+        params = [torch.nn.Parameter(p.clone()) for p in start]
+        return params, fca.FusedClipAdamW(params, lr=1e-4, **options)
+
+    def from_scores(bound: float | None = None, **options) -> Callable[[], None]:
+        _, optimizer = build(**options)
+        return lambda: optimizer.step_from_scores(scores, logp, logp, advantages, max_sample_norm=bound)
+
+    def contracted(contract: Callable) -> Callable[[], None]:
+        params, optimizer = build()
+
+        def step() -> None:
+            weights = fca.dloss_dlogp(logp, logp, advantages)
+            for p, own in zip(params, scores):
+                contract(p, weights.to(own.dtype), own)
+            optimizer.step()
+
+        return step
+
+    def einsum(p: torch.nn.Parameter, weights: torch.Tensor, own: torch.Tensor) -> None:
+        p.grad = torch.einsum("b,b...->...", weights, own).float()
+
+    def matmul(p: torch.nn.Parameter, weights: torch.Tensor, own: torch.Tensor) -> None:
+        if p.grad is None:
+            p.grad = torch.empty_like(p)
+        torch.matmul(weights.unsqueeze(0), own.view(B, -1), out=p.grad.view(1, -1))
+
+    candidates = {BASELINE: from_scores(), ALIGN: from_scores(overshoot="align"), EINSUM: contracted(einsum)}
+    candidates[BOUND] = from_scores(1.0)
+    if case.dtype == torch.float32:  # a product of bfloat16 has no float32 result to write into
+        candidates[MATMUL] = contracted(matmul)
+    width = case.dtype.itemsize
+    moved = {name: fca.theory.bytes_per_element(grad=width, samples=B) * elements for name in (BASELINE, ALIGN)}
+    moved[BOUND] = fca.theory.bytes_per_element(grad=width, samples=B, sample_norms=True) * elements
+    contraction = B * width + 4 + (0 if width == 4 else 2 * width)  # scores in, gradient out (and converted)
+    for name in candidates.keys() - moved.keys():
+        moved[name] = (contraction + fca.theory.bytes_per_element()) * elements
+    ceiling, unavailable = None, {}
+    if (reason := stream.unavailable_reason()) is not None:
+        unavailable[STREAM] = reason
+    else:
+        ceiling = stream.Stream(moved[BASELINE] // 28)
+        candidates[STREAM], moved[STREAM] = ceiling, ceiling.bytes
+    measured = alternate(
+        candidates,
+        5 if quick else 21,
+        budget_s=2 if quick else 30,
+        progress=lambda text: progress(f"{case.title}: {text}"),
+    )
+    table = summarize(measured, moved, None if ceiling is None else STREAM)
+    targets = []
+    if not quick and case.dtype == torch.float32:
+        fraction = table[BASELINE]["fraction_of_stream"]
+        targets = [
+            Target(EINSUM, "over_ours", FASTER, table[EINSUM]["over_ours"]["p50"]),
+            Target(BASELINE, "fraction_of_stream", OF_STREAM, None if fraction is None else fraction["p50"]),
+        ]
+    result = {
+        "title": f"{case.title} (tensors: {len(start)}, elements: {elements:,})",
+        "baseline": BASELINE,
+        "scores_of": B,
+        "elements": elements,
+        "tensors": len(start),
+        "dtype": str(case.dtype).removeprefix("torch."),
+        **conditions_of(measured),
+        "ceiling": None if ceiling is None else ceiling.describe(measured.time(STREAM).p50),
+        "candidates": table,
+        "unavailable": unavailable,
+        "notes": [f"{name} adds {grown(name):.2f} gradients to the peak of memory" for name in (BASELINE, EINSUM)],
+        "targets": [target.to_dict() for target in targets],
+    }
+    return result, measured.seconds
+
+
+# ---------------------------------------------------------------- memory
+
+
+@functools.cache
+def grown(candidate: str, elements: int = 25_000_000) -> float:
+    """By how many gradients one step raises the largest resident set of a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.test_scores", candidate, str(elements)]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return float(out) / (4 * elements)
+
+
+def grow(candidate: str, elements: int) -> int:
+    """Bytes that the second of two steps on one parameter adds to the process's largest resident set."""
+    p = torch.nn.Parameter(torch.zeros(elements))
+    scores, logp = torch.ones(2, elements), torch.zeros(2)
+    optimizer = fca.FusedClipAdamW([p])
+
+    def step() -> None:
+        if candidate == BASELINE:
+            optimizer.step_from_scores([scores], logp, logp, torch.ones(2))
+        else:
+            p.grad = torch.einsum("b,b...->...", fca.dloss_dlogp(logp, logp, torch.ones(2)), scores)
+            optimizer.step()
+
+    p.grad = torch.zeros(1).expand(elements)
+    optimizer.step()  # the moments are there
+    p.grad = None
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step()
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
+@pytest.fixture(scope="session")
+def measure_once(quick, progress, publish):
+    """Case name -> its result and seconds, measured when first asked for."""
+
+    @functools.cache
+    def run(name: str) -> tuple[dict, dict[str, list[float]]]:
+        result, seconds = measure(CASES[name], quick, progress)
+        publish(name, result)
+        return result, seconds
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "candidate"),
+    [
+        (name, candidate)
+        for name, case in CASES.items()
+        for candidate in (BASELINE, ALIGN, BOUND, EINSUM, MATMUL)
+        if candidate != MATMUL or case.dtype == torch.float32
+    ],
+)
+def test_scores(name, candidate, measure_once, benchmark, assert_targets):
+    """A row of pytest-benchmark's table; its group is the case, timed in alternation."""
+    result, seconds = measure_once(name)
+    benchmark.group = name
+    REPLAY.replay(benchmark, seconds[candidate])
+    assert_targets(result, candidate)
+
+
+if __name__ == "__main__":
+    print(grow(sys.argv[1], int(sys.argv[2])))
