@@ -89,6 +89,23 @@ void stream(float* p, const float* g, float* m, float* v, int64_t n, int threads
   }
 }
 
+// A thread's share in four runs side by side: a core keeps more pages in flight than one run has.
+float read_range(const float* x, int64_t n) {
+  const int64_t quarter = n / 4 / LINE * LINE;
+  float sums[LINE] = {};
+  for (int64_t i = 0; i + LINE <= quarter; i += LINE) {
+    for (int64_t run = 0; run < 4; ++run) {
+      const float* line = x + run * quarter + i;
+      __builtin_prefetch(line + 16 * LINE);
+      for (int64_t j = 0; j < LINE; ++j) sums[j] += line[j];
+    }
+  }
+  for (int64_t i = 4 * quarter; i < n; ++i) sums[0] += x[i];
+  float sum = 0;
+  for (int64_t j = 0; j < LINE; ++j) sum += sums[j];
+  return sum;
+}
+
 struct Variant {
   const char* name;
   void (*run)(float*, const float*, float*, float*, int64_t, int);
@@ -112,6 +129,18 @@ constexpr int COUNT = sizeof(VARIANTS) / sizeof(VARIANTS[0]);
 extern "C" {
 
 int stream_variants() { return COUNT; }
+
+// Reads n floats and writes nothing.
+float stream_read(const float* x, int64_t n, int threads) {
+  float sum = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : sum)
+  {
+    const int64_t team = omp_get_num_threads(), me = omp_get_thread_num(), share = (n / team / LINE + 1) * LINE;
+    const int64_t start = me * share, length = start + share < n ? share : n - start;
+    if (length > 0) sum += read_range(x + start, length);
+  }
+  return sum;
+}
 
 const char* stream_name(int variant) {
   return variant >= 0 && variant < COUNT ? VARIANTS[variant].name : nullptr;

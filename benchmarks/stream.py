@@ -63,6 +63,17 @@ class Stream:
         }
 
 
+class Reads:
+    """One call reads a buffer once and writes nothing: the ceiling of a step that mostly reads."""
+
+    def __init__(self, size: int):
+        self.bytes = size // 4 * 4
+        self.x = torch.ones(size // 4)
+
+    def __call__(self) -> None:
+        _library().stream_read(self.x.data_ptr(), self.x.numel(), torch.get_num_threads())
+
+
 @functools.cache
 def _library() -> ctypes.CDLL:
     # A second or two, once a run; in a folder of its own each time, so that nothing stale is ever loaded.
@@ -71,6 +82,8 @@ def _library() -> ctypes.CDLL:
         subprocess.run(["g++", *FLAGS, str(SOURCE), "-o", str(path)], check=True)
         library = ctypes.CDLL(str(path))
     floats = ctypes.c_void_p
+    library.stream_read.restype = ctypes.c_float
+    library.stream_read.argtypes = [floats, ctypes.c_int64, ctypes.c_int]
     library.stream_name.restype = ctypes.c_char_p
     library.stream_run.argtypes = [ctypes.c_int, floats, floats, floats, floats, ctypes.c_int64, ctypes.c_int]
     return library

@@ -194,25 +194,25 @@ Tensor unit_sums(const Tensor& table_tensor, std::optional<Tensor> sample_weight
   return out;
 }
 
-// float64[samples]: the sum of squares of every sample over all tensors of the table, weights not counted. Those of
-// weight 0 are not read, and 0.
 template <typename T, typename S>
 void squares_of_samples(const Row& row, const Table& table, const Chunk& chunk, double* sums) {
   const S* const stack = reinterpret_cast<const S*>(row.data[GRAD]);
   alignas(64) T buffer[kTile];
-  for (int64_t i = chunk.begin; i < chunk.end; i += kTile) {
-    const int64_t n = std::min(kTile, chunk.end - i);
-    for (const int64_t b : table.weighed) {
-      Row one = row;
-      one.samples = -1;
-      one.data[GRAD] = reinterpret_cast<int64_t>(stack + b * row.sample);
+  for (const int64_t b : table.weighed) {
+    Row one = row;
+    one.samples = -1;
+    one.data[GRAD] = reinterpret_cast<int64_t>(stack + b * row.sample);
+    for (int64_t i = chunk.begin; i < chunk.end; i += kTile) {
+      const int64_t n = std::min(kTile, chunk.end - i);
       const T* tile = direct_slot<T>(one, GRAD, row.flat != 0, i);
       if (tile == nullptr) read_slot<T>(table, one, GRAD, row.flat != 0, i, n, buffer);
-      sums[b] += sum_squares_tile<T, false>(tile == nullptr ? buffer : tile, n);
+      sums[b] += sum_squares_tile<T, true>(tile == nullptr ? buffer : tile, n);
     }
   }
 }
 
+// float64[samples]: the sum of squares of every sample over all tensors of the table, weights not counted. Those of
+// weight 0 are not read, and 0.
 Tensor sample_square_sums(const Tensor& table_tensor, const Tensor& sample_weights) {
   const Table table = read_table(table_tensor, sample_weights, {}, 0.0, 0);
   const std::vector<Chunk> chunks = make_chunks(table, kTile);
