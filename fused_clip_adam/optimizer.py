@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.adam import adam as torch_adam
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fused_clip_adam import backends
 from fused_clip_adam.backends.scalars import GROUP_SIGNALS
@@ -45,7 +46,7 @@ from fused_clip_adam.rules import (
 from fused_clip_adam.rules.overshoot import FisherUpdate
 from fused_clip_adam.rules.plain import KEYS as RULE_KEYS
 from fused_clip_adam.rules.plain import is_plain
-from fused_clip_adam.samples import Samples, noise_of, sample_factors, score_weights, stacks_of
+from fused_clip_adam.samples import Samples, in_order, noise_of, sample_factors, score_weights, stacks_of
 
 _AS_RULE = {"grad_clip": as_grad_clip, "overshoot": as_overshoot, "reset": as_reset}
 _FORM_KEYS = ("eps_before_correction", "decay_after_update")
@@ -212,10 +213,12 @@ class _FusedClip:
             logp, old_logp, advantages, mask, objective, aggregation: as `policy_loss`. logp and old_logp are values:
                 no graph is needed.
             max_sample_norm: bounds the norm, over all parameters, of every sample's share w_b S_b of the gradient:
-                times min(1, max_sample_norm / (norm + 1e-6)). One more pass over the scores. None: no bound.
+                times min(1, max_sample_norm / (norm + 1e-6)), NaN where the norm is not finite. One more pass over the
+                scores. None: no bound.
             noise_multiplier: adds normal noise of standard deviation noise_multiplier * max_sample_norm to every
                 element of the gradient, made where it is added.
-            noise_generator: seeds the noise, one number a step; None: torch's default generator of the device.
+            noise_generator: seeds the noise, one number a step; None: torch's default generator of the device. A seed
+                gives the same noise, to a few roundings, on every backend and in every memory layout.
             **options: every other keyword of `policy_loss` but `backend`, which is the optimizer's.
 
         Returns:
@@ -245,13 +248,14 @@ class _FusedClip:
         check_tensor("logp", logp)
         if logp.dim() not in (1, 2):
             raise ValueError(f"logp must be [B, T] or packed [N], got shape {list(logp.shape)}")
-        by_sequence = logp.dim() == 2 and self._has_one_row_a_sequence(scores)
-        leading = tuple(logp.shape[: 1 if by_sequence else None])
-        stacks = self._stacks("scores", scores, leading)
+        params = self._all_params()
+        given = in_order("scores", scores, params)
+        one_a_sequence = any(own is not None and own.dim() == p.dim() + 1 for p, own in zip(params, given))
+        by_sequence = logp.dim() == 2 and one_a_sequence
+        stacks = stacks_of("scores", given, params, tuple(logp.shape[: 1 if by_sequence else None]))
+        bounds = noise_of(max_sample_norm, noise_multiplier, noise_generator)
         weights, stats = score_weights(logp, old_logp, advantages, call, by_sequence)
-        self._step_from_samples(
-            stacks, weights, stats.tokens == 0, _mass(stats), max_sample_norm, noise_multiplier, noise_generator
-        )
+        self._step_from_samples(Samples(stacks, weights.numel(), weights, stats.tokens == 0, _mass(stats), **bounds))
         return stats
 
     @torch.compiler.disable
@@ -283,15 +287,19 @@ class _FusedClip:
         Raises:
             As `step_from_scores`. Nothing has been changed then.
         """
-        given = list(gradients.values()) if isinstance(gradients, dict) else gradients
-        first = next((stack for stack in given or () if isinstance(stack, Tensor)), None)
-        if first is None or first.dim() == 0:
-            raise ValueError("gradients must hold at least one tensor [B, *shape of its parameter]")
+        params = self._all_params()
+        given = in_order("gradients", gradients, params)
+        p, first = next((p, own) for p, own in zip(params, given) if own is not None)
+        if first.dim() == 0:
+            raise ValueError(f"gradients must be [B, *shape of their parameter], got [] for one of {list(p.shape)}")
         count = first.shape[0]
-        stacks = self._stacks("gradients", gradients, (count,))
+        stacks = stacks_of("gradients", given, params, (count,))
+        bounds = noise_of(max_sample_norm, noise_multiplier, noise_generator)
         if weights is None:
             weights = torch.full((count,), 1.0 / max(count, 1), dtype=torch.float64, device=first.device)
         check_tensor("weights", weights)
+        if is_traceable_wrapper_subclass(weights):
+            raise TypeError(f"weights must be a plain tensor, got {type(weights).__name__}")
         if weights.shape != (count,) or weights.device != first.device:
             raise ValueError(
                 f"weights must be [{count}] on {first.device}, got {list(weights.shape)} on {weights.device}"
@@ -299,31 +307,16 @@ class _FusedClip:
         with torch.no_grad():
             weights = weights.detach().double().contiguous()
             none = ~(weights != 0).any()
-        self._step_from_samples(stacks, weights, none, None, max_sample_norm, noise_multiplier, noise_generator)
+        self._step_from_samples(Samples(stacks, count, weights, none, **bounds))
 
-    def _has_one_row_a_sequence(self, scores: Any) -> bool:
-        params = [p for group in self.param_groups for p in group["params"]]
-        pairs = scores.items() if isinstance(scores, dict) else zip(params, scores)
-        return any(isinstance(own, Tensor) and own.dim() == p.dim() + 1 for p, own in pairs)
-
-    def _stacks(self, name: str, stacks: Any, leading: tuple[int, ...]) -> dict[Tensor, Tensor]:
+    def _all_params(self) -> list[Tensor]:
         if self.defaults["differentiable"]:
             raise RuntimeError("differentiable=True goes with step() only: nothing here is seen by autograd")
-        return stacks_of(name, stacks, [p for group in self.param_groups for p in group["params"]], leading)
+        return [p for group in self.param_groups for p in group["params"]]
 
-    def _step_from_samples(
-        self,
-        stacks: dict[Tensor, Tensor],
-        weights: Tensor,
-        skip: Tensor,
-        observed: Tensor | None,
-        max_sample_norm: float | None,
-        noise_multiplier: float,
-        generator: torch.Generator | None,
-    ) -> None:
+    def _step_from_samples(self, samples: Samples) -> None:
         with torch.no_grad():
-            bound, noise, seed = noise_of(max_sample_norm, noise_multiplier, generator, weights.device)
-            self._step(Samples(stacks, weights.numel(), weights, skip, observed, bound, noise, seed))
+            self._step(samples)
         self._opt_called = True  # schedulers ask whether a step was taken before theirs
 
     def _step(self, samples: Samples | None = None) -> None:
@@ -351,8 +344,12 @@ class _FusedClip:
             tables = [[self._table(batch, part, added) for batch in part.batches] for part in parts]
             for part, own_tables in zip(parts, tables):
                 self._place(part, own_tables)
-            if samples is not None and samples.max_sample_norm is not None:
-                _bound_samples(parts, samples.max_sample_norm)
+            if samples is not None:
+                seed = samples.drawn_seed()
+                for part in parts:
+                    part.samples.seed = None if seed is None else moved(seed, part.device)
+                if samples.max_sample_norm is not None:
+                    _bound_samples(parts, samples.max_sample_norm)
 
             # 1 norm: only where a rule needs this step's norm before the update; otherwise the update gathers it.
             square_sums: list[Tensor | None] = [None] * len(parts)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fused_clip_adam.batches import FLOATING
 from fused_clip_adam.objectives import losses
@@ -32,12 +33,18 @@ class Samples:
     observed: Tensor | None = None  # float32 [2]: suppressed and total mass
     max_sample_norm: float | None = None
     noise: float = 0.0  # standard deviation, of every element of the gradient
-    seed: Tensor | None = None  # int64 [1], where there is noise
+    generator: torch.Generator | None = None  # of the noise's seed; None: the device's own
 
     def on(self, device: torch.device) -> PlacedSamples:
-        """What the kernels of a device read."""
-        seed = None if self.seed is None else self.seed.to(device, non_blocking=True)
-        return PlacedSamples(self.count, self.weights.to(device, copy=True, non_blocking=True), seed, self.noise)
+        """What the kernels of a device read, but for the noise's seed."""
+        return PlacedSamples(self.count, self.weights.to(device, copy=True, non_blocking=True), None, self.noise)
+
+    def drawn_seed(self) -> Tensor | None:
+        """int64 [1] where there is noise. Advances the generator: call it when nothing can be refused any more."""
+        if self.noise == 0.0:
+            return None
+        device = self.weights.device if self.generator is None else self.generator.device
+        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device, generator=self.generator)
 
 
 @dataclasses.dataclass
@@ -50,34 +57,48 @@ class PlacedSamples:
     noise: float
 
 
+def in_order(name: str, stacks: Any, params: list[Tensor]) -> list[Tensor | None]:
+    """A stack or None for every parameter, at least one stack.
+
+    Args:
+        name: of the argument, for messages. stacks: one for each parameter, or by parameter.
+
+    Raises:
+        TypeError: neither, or what is in it is no plain tensor. ValueError: of another length, or nothing in it.
+    """
+    if isinstance(stacks, dict):
+        known = {id(p) for p in params}
+        if any(id(p) not in known for p in stacks):
+            raise ValueError(f"{name} has a key that is no parameter of this optimizer")
+        stacks = [stacks.get(p) for p in params]
+    if isinstance(stacks, (Tensor, str)) or not isinstance(stacks, Sequence):
+        raise TypeError(f"{name} must be a list with a tensor for each parameter, or a dict by parameter")
+    if len(stacks) != len(params):
+        raise ValueError(f"{name} has {len(stacks)} entries, but the optimizer {len(params)} parameters")
+    for i, stack in enumerate(stacks):
+        if stack is not None and (not isinstance(stack, Tensor) or is_traceable_wrapper_subclass(stack)):
+            raise TypeError(f"{name}[{i}] must be a plain tensor or None, got {type(stack).__name__}")
+    if all(stack is None for stack in stacks):
+        raise ValueError(f"{name} must hold a tensor for at least one parameter")
+    return list(stacks)
+
+
 def stacks_of(
-    name: str, stacks: Sequence[Tensor | None] | dict[Tensor, Tensor], params: list[Tensor], leading: tuple[int, ...]
+    name: str, stacks: list[Tensor | None], params: list[Tensor], leading: tuple[int, ...]
 ) -> dict[Tensor, Tensor]:
     """By parameter, its stack as [samples, *shape].
 
     Args:
-        name: of the argument, for messages. stacks: one for each parameter, or by parameter. leading: the dimensions
-            of a stack before its parameter's; one of them may be flattened into the next.
+        name: of the argument, for messages. stacks: of `in_order`. leading: the dimensions of a stack before its
+            parameter's; they become one.
 
     Raises:
         TypeError, ValueError: names what does not fit.
     """
-    if isinstance(stacks, dict):
-        known = {id(p) for p in params}
-        for p in stacks:
-            if id(p) not in known:
-                raise ValueError(f"{name} has a key that is no parameter of this optimizer")
-        stacks = [stacks.get(p) for p in params]
-    if isinstance(stacks, Tensor) or not isinstance(stacks, Sequence):
-        raise TypeError(f"{name} must be a list with a tensor for each parameter, or a dict by parameter")
-    if len(stacks) != len(params):
-        raise ValueError(f"{name} has {len(stacks)} entries, but the optimizer {len(params)} parameters")
     out = {}
     for i, (p, stack) in enumerate(zip(params, stacks)):
         if stack is None:
             continue
-        if not isinstance(stack, Tensor):
-            raise TypeError(f"{name}[{i}] must be a tensor or None, got {type(stack).__name__}")
         if tuple(stack.shape) != (*leading, *p.shape):
             raise ValueError(f"{name}[{i}] must be {[*leading, *p.shape]}, got {list(stack.shape)}")
         if stack.layout is not torch.strided:
@@ -139,9 +160,9 @@ def _check_by_sequence(advantages: Tensor, options: dict[str, Any]) -> None:
 
 
 def noise_of(
-    max_sample_norm: float | None, noise_multiplier: float, generator: torch.Generator | None, device: torch.device
-) -> tuple[float | None, float, Tensor | None]:
-    """(max_sample_norm, standard deviation, seed).
+    max_sample_norm: float | None, noise_multiplier: float, generator: torch.Generator | None
+) -> dict[str, Any]:
+    """The arguments of `Samples` that bound samples and add noise.
 
     Raises:
         TypeError, ValueError: not numbers, out of range, or noise without the bound that it is measured by.
@@ -155,16 +176,13 @@ def noise_of(
         raise ValueError(f"noise_multiplier must be at least 0 and finite, got {noise_multiplier!r}")
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"noise_generator must be a torch.Generator, got {type(generator).__name__}")
-    if noise_multiplier == 0.0:
-        return max_sample_norm, 0.0, None
-    if max_sample_norm is None:
+    if noise_multiplier != 0.0 and max_sample_norm is None:
         raise ValueError("noise_multiplier counts in units of max_sample_norm, which is None")
-    where = device if generator is None else generator.device
-    seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=where, generator=generator)
-    return max_sample_norm, noise_multiplier * max_sample_norm, seed
+    noise = noise_multiplier * max_sample_norm if noise_multiplier else 0.0
+    return {"max_sample_norm": max_sample_norm, "noise": noise, "generator": generator}
 
 
 def sample_factors(square_sums: Tensor, weights: Tensor, max_sample_norm: float) -> Tensor:
-    """min(1, max_sample_norm / (|w_b| |S_b| + 1e-6)), as clip_grad_norm_ has it; a NaN stays NaN."""
+    """min(1, max_sample_norm / (|w_b| |S_b| + 1e-6)), as clip_grad_norm_ has it; NaN where the norm is not finite."""
     norms = square_sums.sqrt() * weights.abs()
-    return (max_sample_norm / (norms + 1e-6)).clamp(max=1.0)
+    return torch.where(norms.isfinite(), (max_sample_norm / (norms + 1e-6)).clamp(max=1.0), torch.nan)

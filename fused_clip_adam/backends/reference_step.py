@@ -123,7 +123,7 @@ def gradient_of(p: Tensor, stack: Tensor, samples: Any, tensor: int) -> Tensor:
 def sample_square_sums(placed: Placed) -> Tensor:
     """The sum of squares of every sample over all tensors: float64 [samples]; 0 for those of weight 0."""
     count = placed.samples.count
-    stacks = [stack.double().reshape(count, -1) for table in placed.tables for stack in table.grads]
+    stacks = [s.double().reshape(count, math.prod(s.shape[1:])) for table in placed.tables for s in table.grads]
     squares = torch.stack([stack.square().sum(1) for stack in stacks]).sum(0)
     return torch.where(placed.samples.weights != 0, squares, 0.0)
 

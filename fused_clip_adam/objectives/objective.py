@@ -138,7 +138,7 @@ def number(name: str, value: Any) -> float:
     try:
         if not isinstance(value, str):
             return float(value)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         pass
     raise TypeError(f"{name} must be a number, got {value!r}")
 
