@@ -67,12 +67,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 import fused_clip_adam as fca
 from fused_clip_adam.backends import native
 
-PORTED = ("cuda",)
-"""GPU backends whose kernels read stacks of samples: "cuda", "triton"."""
-TARGETS = [*HOSTS, *(target for target in gpu_targets().items() if target[0] in PORTED)]
-FAST_TARGETS = [target for target in TARGETS if target != ("triton", "cpu")]  # not Triton's interpreter
+# Under Triton's interpreter this would take a minute: tests/test_samples_triton.py is for that.
+TARGETS = [*HOSTS, *(target for target in gpu_targets().items() if target != ("triton", "cpu"))]
 on_targets = pytest.mark.parametrize("backend, device", TARGETS)
-on_fast_targets = pytest.mark.parametrize("backend, device", FAST_TARGETS)
 needs_native = pytest.mark.skipif(bool(native.unavailable()), reason=native.unavailable())
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -163,7 +160,7 @@ def test_other_classes_give_the_bits_of_step(backend, device, cls, rule):
 BATCH_SIZES = (1, 2, 7, 64, 1000)
 
 
-@on_fast_targets
+@on_targets
 @pytest.mark.parametrize("rows", BATCH_SIZES)
 def test_any_number_of_samples(backend, device, rows):
     for dtype, stack_dtype in ((F64, F64), (F32, F16), (BF16, BF16)):
@@ -185,7 +182,7 @@ STORED = [(p, state, stack) for p in DTYPES for state in (None, F32) for stack i
           if (stack == F64 and p == F64) or (stack != F64 and (p != F64 or stack == F32))]  # fmt: skip
 
 
-@on_fast_targets
+@on_targets
 @pytest.mark.parametrize("dtype, state_dtype, stack_dtype", STORED, ids=str)
 def test_the_sum_is_the_gradient_in_every_dtype(backend, device, dtype, state_dtype, stack_dtype):
     """A sum of B products in the arithmetic's precision is off by at most (B + 1) half units of sum |w S|, whatever its
@@ -258,7 +255,7 @@ def token_calls(objective, dtype, steps: int, rows=(4, 9), change=lambda inputs:
 PAIRS = [(name, list(RULES)[(2 * i + j) % len(RULES)]) for i, name in enumerate(OBJECTIVES) for j in range(2)]
 
 
-@on_fast_targets
+@on_targets
 @pytest.mark.parametrize("objective, rule", PAIRS)
 @pytest.mark.parametrize("dtype", (F64, F32))
 def test_every_objective(backend, device, dtype, objective, rule):
@@ -266,7 +263,7 @@ def test_every_objective(backend, device, dtype, objective, rule):
     assert_backward_and_step(fca.FusedClipAdamW, backend, device, dtype, calls, **options_of(rule))
 
 
-@on_fast_targets
+@on_targets
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("dtype", (F64, F32))
 def test_every_rule_with_ppo(backend, device, dtype, rule):
@@ -310,7 +307,7 @@ MANNERS = {
 }
 
 
-@on_fast_targets
+@on_targets
 @pytest.mark.parametrize("manner", MANNERS)
 @pytest.mark.parametrize("objective", (fca.PPO(0.2, 0.28), fca.GMPO()))
 def test_every_manner_of_the_loss(backend, device, objective, manner):
@@ -328,7 +325,7 @@ def sequence_calls(objective, dtype, steps: int, **options):
         yield summed, call, True
 
 
-@on_fast_targets
+@on_targets
 @pytest.mark.parametrize("aggregation", (None, "sequence-mean"))
 @pytest.mark.parametrize("objective", (fca.GSPO(0.1, 0.15), fca.LUSPO(0.15, 0.1), fca.VESPO(0.5, 0.4, 1.0, 0.3)))
 def test_one_row_a_sequence(backend, device, objective, aggregation):
@@ -346,7 +343,7 @@ def packed_calls(objective, dtype, steps: int):
         yield stacks, {**inputs, "num_sequences": 4, "objective": objective}, False
 
 
-@on_fast_targets
+@on_targets
 @pytest.mark.parametrize("objective", (fca.PPO(), fca.GSPO(0.1, 0.15), fca.GMPO(), fca.VESPO(0.5, 0.4), fca.ASPO()))
 def test_packed_tokens(backend, device, objective):
     for dtype in (F64, F32):
@@ -354,7 +351,7 @@ def test_packed_tokens(backend, device, objective):
         assert_backward_and_step(fca.FusedClipAdamW, backend, device, dtype, calls, grad_clip=0.7)
 
 
-@on_fast_targets
+@on_targets
 @pytest.mark.parametrize("objective", (fca.PPO(), fca.CISPO(high=2.0), fca.DRO(0.3)))
 def test_one_dimension_without_sequences(backend, device, objective):
     """The contract's first line: logp [B], one row each."""
@@ -384,7 +381,7 @@ def test_logp_narrower_and_wider_than_the_scores(backend, device):
     assert bitwise_equal(expected, results(other, others))
 
 
-@on_fast_targets
+@on_targets
 def test_tokens_drawn_by_a_generator(backend, device):
     """ClipCov leaves out a random tenth: of the tokens that `policy_loss` with the same generator does."""
     objective = fca.ClipCov(0.2, 0.28, ratio=0.1, cov_low=0.001, cov_high=3.0)
@@ -435,7 +432,7 @@ class Policy(torch.nn.Module):
         return self.last(torch.tanh(self.first(x)))
 
 
-@on_fast_targets
+@on_targets
 def test_a_network_trained_by_torch_func(backend, device):
     """PPO on a real network: five epochs over a batch, `vmap(grad)` here, `loss.backward()` and torch.optim there."""
     from torch.func import functional_call, grad, vmap
@@ -683,7 +680,7 @@ def nothing_left(opt, params, device: str, kind: str):
 NOTHING = ("no rows", "masked", "nan", "inf", "gradients, no rows", "gradients, zero weights")
 
 
-@on_fast_targets
+@on_targets
 @pytest.mark.parametrize("rule", RULES)
 def test_nothing_left_changes_nothing(backend, device, rule):
     """Neither what is seen (parameters, states, memories of the rules, norm) nor what comes after."""
@@ -726,7 +723,7 @@ def test_nothing_left_of_the_first_batch(backend, device, cls, kind):
 # ---------------------------------------------------------------- max_sample_norm
 
 
-@on_fast_targets
+@on_targets
 @pytest.mark.parametrize("rule", RULES)
 def test_bounded_samples_equal_a_clip_by_hand(backend, device, rule):
     """Several parameters share a sample's norm; rows of zero weight hold NaN; None takes no part.
@@ -842,7 +839,7 @@ def distance_from_normal(x: Tensor) -> float:
     return math.sqrt(n) * float(torch.maximum((ranks[1:] - cdf).max(), (cdf - ranks[:-1]).max()))
 
 
-@on_fast_targets
+@on_targets
 @pytest.mark.parametrize("dtype", (F64, F32))
 def test_noise_is_normal(backend, device, dtype):
     """Fixed seeds; bounds of five standard errors of each moment, and of one in a thousand for the distance."""
@@ -862,7 +859,7 @@ def correlation(x: Tensor, y: Tensor) -> float:
     return abs(float((x * y).mean())) * math.sqrt(x.numel())
 
 
-@on_fast_targets
+@on_targets
 def test_noise_is_independent(backend, device):
     """Of its neighbours, of itself in other tensors, chunks, steps and under other seeds, and of no sign."""
     (first, short), (second, _) = noise(backend, device, seeded(device, 1), steps=2)
@@ -904,7 +901,7 @@ def test_no_noise_draws_no_number(backend, device):
     assert torch.equal(default.get_state(), before[0]) and torch.equal(generator.get_state(), before[1])
 
 
-@on_fast_targets
+@on_targets
 @pytest.mark.parametrize("rule", RULES)
 def test_every_rule_sees_the_same_noise(backend, device, rule):
     """clip(w S) + noise as one gradient, whatever passes over the scores a rule takes; the norm is that of the sum.
@@ -1054,7 +1051,7 @@ def intertwined(backend: str, device: str):
     return storage, opt, p, q
 
 
-@on_fast_targets
+@on_targets
 @pytest.mark.parametrize("case", OVERLAPS)
 @pytest.mark.parametrize("second", (False, True))
 def test_stacks_in_what_the_step_writes(backend, device, case, second):
@@ -1079,7 +1076,7 @@ def test_stacks_in_what_the_step_writes(backend, device, case, second):
         assert bitwise_equal(results(opt, [p, q]), results(other, others))
 
 
-@on_fast_targets
+@on_targets
 def test_stacks_beside_the_parameters_are_right(backend, device):
     """Disjoint parts of one storage, and one stack for two parameters."""
     storage, opt, p, q = intertwined(backend, device)
@@ -1090,7 +1087,7 @@ def test_stacks_beside_the_parameters_are_right(backend, device):
     assert bitwise_equal(results(opt, [p, q]), results(other, others))
 
 
-@on_fast_targets
+@on_targets
 @pytest.mark.parametrize("dtype", (F64, F32))
 def test_weights_in_a_parameter_are_right_or_refused(backend, device, dtype):
     """Read before anything is written, or refused; also strided and expanded ones."""
@@ -1183,7 +1180,7 @@ def through_a_file(opt):
     return torch.load(file, weights_only=True)
 
 
-@on_fast_targets
+@on_targets
 @pytest.mark.parametrize("rule", RULES)
 def test_a_checkpoint_resumes_exactly(backend, device, rule):
     for dtype in (F32, BF16):
