@@ -39,6 +39,7 @@ from fused_clip_adam.objectives import (
     top_variance_groups,
 )
 from fused_clip_adam.optimizer import FusedClipAdam, FusedClipAdamW, FusedFAdam
+from fused_clip_adam.per_sample import MicroBatchGradients, per_sample_scores
 from fused_clip_adam.rules import (
     AGC,
     AdaGC,
@@ -99,6 +100,8 @@ __all__ = [
     "FusedClipAdam",
     "FusedClipAdamW",
     "FusedFAdam",
+    "MicroBatchGradients",
+    "per_sample_scores",
     "AGC",
     "AdaGC",
     "AlignedMomentum",

@@ -84,15 +84,36 @@ def logp_on(backend):
     return (torch.zeros(2, 3, device=device_of(backend)),) * 2 + (torch.ones(2, device=device_of(backend)),)
 
 
+def stacked_on(backend):
+    device = device_of(backend)
+    p = torch.nn.Parameter(torch.ones(5, 3, device=device))
+    return p, fca.FusedClipAdamW([p], backend=backend), torch.randn(4, 5, 3, device=device)
+
+
+def step_from_scores_with(backend, **options):
+    p, opt, scores = stacked_on(backend)
+    logp = torch.zeros(4, device=p.device)
+    opt.step_from_scores([scores], logp, logp, torch.randn(4, device=p.device), **options)
+    assert not torch.equal(p.detach().cpu(), torch.ones(5, 3))
+
+
+def step_from_gradients_with(backend):
+    p, opt, gradients = stacked_on(backend)
+    opt.step_from_gradients([gradients])
+    assert not torch.equal(p.detach().cpu(), torch.ones(5, 3))
+
+
 # Plain torch on any device, or no computation at all.
 WITHOUT_BACKEND = {
     "ClipStats",
+    "MicroBatchGradients",
     "Objective",
     "OvershootMonitor",
     "RolloutStats",
     "SmoothedAdvantage",
     "__version__",
     "group_advantages",
+    "per_sample_scores",
     "presets",
     "rollout_weights",
     "theory",
@@ -134,6 +155,11 @@ TRY = {
         f"presets.{name}": lambda b, name=name: step_with(backend=b, **getattr(fca.presets, name)())
         for name in fca.presets.__all__
     },
+    "FusedClipAdamW.step_from_scores": lambda b: step_from_scores_with(b),
+    "FusedClipAdamW.step_from_gradients": step_from_gradients_with,
+    "step_from_scores(max_sample_norm=, noise_multiplier=)": lambda b: step_from_scores_with(
+        b, max_sample_norm=0.1, noise_multiplier=0.5
+    ),
     "skip_nonfinite": lambda b: step_with(backend=b, skip_nonfinite=True),
     "state_dtype=torch.float32": lambda b: step_with(backend=b, state_dtype=torch.float32),
     **{cls.__name__: lambda b, cls=cls: objective_with(cls, b) for cls in docs.objectives()},

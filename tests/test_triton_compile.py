@@ -32,9 +32,12 @@ STORAGE = {
     "bfloat16": (BF16, BF16, BF16),
     "bfloat16, float32 states": (BF16, BF16, F32),
     "float64": (F64, F64, F64),
+    "float32, bfloat16 scores": (F32, BF16, F32),
+    "bfloat16, float32 scores": (BF16, F32, BF16),
 }
 """Types of parameter, gradient and states."""
 BYTES = (8, 4, 2, 2)
+AT_ONCE = 4  # samples whose loads are in flight together
 ALIGN_BLOCK, ALIGN_ELEMENT, CAUTIOUS, GRAMS, ATAN2, FADAM = range(1, 7)
 RULES = {
     "adamw": {},
@@ -83,6 +86,25 @@ RULES = {
         guarded=True,
         units=True,
     ),
+    "samples": {"samples": 1},
+    "samples gather the norm": {"samples": 1, "gather": True},
+    "samples, align 1024": {"samples": 1, "rule": ALIGN_BLOCK, "block": 1024},
+    "samples, align 4096": {"samples": 1, "rule": ALIGN_BLOCK, "block": 4096},
+    "samples, noise": {"samples": 2},
+    "samples, noise, m g with everything": dict(
+        samples=2, gather=True, amsgrad=True, coupled=True, strided=True, guarded=True, units=True, dots=True
+    ),
+    "samples, noise, align 4096 with everything": dict(
+        samples=2,
+        rule=ALIGN_BLOCK,
+        block=4096,
+        gather=True,
+        amsgrad=True,
+        coupled=True,
+        strided=True,
+        guarded=True,
+        units=True,
+    ),
 }
 REDUCTIONS = {
     "squares and maximum": dict(kind=0),
@@ -92,13 +114,16 @@ REDUCTIONS = {
     "RMS": dict(kind=3),
     "metric": dict(kind=4),
     "FAdam": dict(kind=6),
+    "squares and maximum, samples": dict(kind=0, samples=1),
+    "m g, output rows, samples, noise": dict(kind=1, units=True, samples=2),
 }
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-FEW_RULES = ("adamw", "gathers the norm", "align 1024", "guarded", "guarded, output rows")
+FEW_RULES = ("adamw", "gathers the norm", "align 1024", "guarded", "guarded, output rows", "samples", "samples, noise")
 RARE_RULES = (  # of float64
     "adamw",
     "gathers the norm",
     "amsgrad",
+    "samples",
     *(rule for rule in RULES if rule.endswith("with everything")),
 )
 FEW_REDUCTIONS = ("squares and maximum", "RMS")
@@ -121,19 +146,27 @@ PASSES = {
 FEW_PASSES = {"PPO with everything": ("token_kernel",)}
 
 
+def rules_of(storage: str) -> list[str]:
+    if storage.endswith("scores"):
+        return [rule for rule, options in RULES.items() if "samples" in options]
+    return list(RARE_RULES if storage == "float64" else RULES)
+
+
 def variants() -> dict[str, tuple]:
     """ "target: kernel" -> (target, kernel, its particulars): everything for sm_90, the commonest for the others."""
     out = {}
     for target in TARGETS:
         everything = target == "sm_90"
         for storage in STORAGE if everything else FEW_STORAGE:
-            for rule in FEW_RULES if not everything else RARE_RULES if storage == "float64" else RULES:
+            for rule in rules_of(storage) if everything else FEW_RULES:
                 out[f"{target}: update, {storage}, {rule}"] = (target, "update", storage, rule)
         for storage in ("float32", "bfloat16", "float64") if everything else FEW_STORAGE:
             out[f"{target}: norm, {storage}"] = (target, "norm", storage)
             for reduction in REDUCTIONS if everything else FEW_REDUCTIONS:
                 out[f"{target}: reduce, {storage}, {reduction}"] = (target, "reduce", storage, reduction)
             out[f"{target}: units, {storage}"] = (target, "units", storage)
+            for kind in ("norm", "units") if everything else ():
+                out[f"{target}: {kind}, {storage}, samples"] = (target, kind, storage, "samples")
         out[f"{target}: prologue"] = (target, "prologue")
         for storage in ("float32", "bfloat16", "float64") if everything else ("bfloat16",):
             for kind in ("logits_forward", "logits_backward"):
@@ -179,6 +212,9 @@ POINTERS = {
     "unit_factors_ptr": "*fp64",
     "unit_starts_ptr": "*i64",
     "dots_ptr": "*fp64",
+    "weights_ptr": "*fp64",
+    "seed_ptr": "*i64",
+    "noise": "fp64",
 }
 
 
@@ -214,6 +250,7 @@ def step_launch(kind: str, what: list, lanes: int) -> tuple:
     tensor = types.SimpleNamespace(numel=lambda: 5)
     dtypes = STORAGE[what[0]] if what else (F32,) * 3
     options = RULES[what[1]] if kind == "update" else REDUCTIONS[what[1]] if kind == "reduce" else {}
+    samples = options.get("samples", len(what[1:]) if kind in ("norm", "units") else 0)
     launch = Launch(0, dtypes, 0, 1, 4096, 4096, options.get("strided", False))
     placed = types.SimpleNamespace(
         **dict.fromkeys(("fixed", "fresh", "partials", "pairs", "scalars", "finished"), tensor),
@@ -221,9 +258,14 @@ def step_launch(kind: str, what: list, lanes: int) -> tuple:
         launches=[launch],
         rows=1,
         chunks_at=0,
+        samples=types.SimpleNamespace(count=1, weights=tensor, seed=tensor if samples == 2 else None, noise=0.0)
+        if samples
+        else None,
         units=lambda: Units(tensor, [1], tensor, [[UnitLaunch(dtypes, 0, 1)]]),
     )
-    if kind == "norm":
+    if kind == "norm" and samples:
+        triton_step.sample_square_sums(placed)
+    elif kind == "norm":
         triton_step.grad_square_sums(placed)
     elif kind == "prologue":
         triton_step.prologue(placed, *[tensor] * 7, True)
@@ -440,6 +482,12 @@ def dry_steps() -> dict:
             driver.launched.clear()
             opt.step()
             launches[f"{elements}, {clip}, {rule}, {scale is not None}"] = list(driver.launched)
+    for count, elements in ((1, 16), (5, 17), (33, 5000)):
+        opt = fca.FusedClipAdamW([torch.nn.Parameter(torch.zeros(elements))], backend="triton")
+        for noise in (0.0, 0.5):
+            driver.launched.clear()
+            opt.step_from_gradients([torch.zeros(count, elements)], max_sample_norm=1.0, noise_multiplier=noise)
+            launches[f"{elements}, {count} samples, {noise}"] = list(driver.launched)
     compiled = {}
     for name in ("norm_kernel", "prologue_kernel", "update_kernel", "reduce_kernel", "unit_kernel"):
         (cache, *_), *_ = getattr(triton_step, name).device_caches.values()
@@ -524,7 +572,12 @@ def check_reduction(facts: dict, reduction: str) -> None:
     options = REDUCTIONS[reduction]
     kind, coupled, spiked = options["kind"], options.get("coupled", False), options.get("spiked", False)
     momentum = kind in (1, 2)
-    streams = 1 + (coupled or kind == 6) + momentum + (kind in (3, 4, 6) or (spiked and momentum))
+    streams = (
+        (AT_ONCE if "samples" in options else 1)
+        + (coupled or kind == 6)
+        + momentum
+        + (kind in (3, 4, 6) or (spiked and momentum))
+    )
     assert facts["widths"]["ld 16"] >= (4 if streams == 1 else 2 * streams)
 
 
@@ -543,7 +596,7 @@ def test_aligned_tiles_move_16_bytes_at_a_time(compiled, name):
         return
     if kind == "units":
         # Gradient and parameter, of output rows that share a tile or are alone: 8 elements a thread.
-        assert facts["widths"]["ld 16"] >= 4 * 8 * BYTES[STORAGE[what[0]][0]] // 16
+        assert facts["widths"]["ld 16"] >= 2 * (1 + AT_ONCE ** len(what[1:])) * 8 * BYTES[STORAGE[what[0]][0]] // 16
         return
     if kind == "reduce":
         check_reduction(facts, what[1])
@@ -557,10 +610,11 @@ def test_aligned_tiles_move_16_bytes_at_a_time(compiled, name):
     per_thread = facts["tile"]["TILE"] // (lanes * vector)
     assert per_thread
     states = 3 if options.get("amsgrad") else 2
-    loads = [dtypes[1]] if kind == "norm" else [dtypes[0], dtypes[1], *[dtypes[2]] * states]
+    grads = [dtypes[1]] * (AT_ONCE if "samples" in options else 1)
+    loads = grads if kind == "norm" else [dtypes[0], *grads, *[dtypes[2]] * states]
     stores = [] if kind == "norm" else [dtypes[0], *[dtypes[2]] * states]
     if options.get("rule") == ALIGN_BLOCK and not facts["tile"]["GATE"]:
-        loads += [dtypes[1], dtypes[2], *([dtypes[0]] if options.get("coupled") else [])]  # m g first
+        loads += [*grads, dtypes[2], *([dtypes[0]] if options.get("coupled") else [])]  # m g first
     for access, codes in (("ld", loads), ("st", stores)):
         for width, number in collections.Counter(vector * BYTES[code] for code in codes).items():
             if width >= 16 or "gfx" not in name:  # 8 bytes may be a table's word as well: at least as many
@@ -612,18 +666,19 @@ def dry_run() -> dict:
 
 def test_three_launches_a_step(dry_run):
     for case, launched in dry_run["launches"].items():
-        norm = ["norm_kernel"] if ", 1.0," in case else []
+        norm = ["norm_kernel"] if ", 1.0," in case or "samples" in case else []
         sums = ["reduce_kernel"] if "UpdateRMS" in case else ["unit_kernel"] if "AGC" in case else []
         assert launched == [*norm, "prologue_kernel", *sums, "update_kernel"], case
 
 
 def test_sizes_do_not_compile_anew(dry_run):
     # With a norm or without; the prologue also with GradScaler and observed masses or without; the norm and the update
-    # also with sizes past 2^31; the update also with output rows.
+    # also with sizes past 2^31; the update also with output rows. Of samples the norm, the prologue with a found_inf of
+    # float64, and the update with noise or without.
     assert dry_run["compiled"] == {
-        "norm_kernel": 2,
-        "prologue_kernel": 4,
-        "update_kernel": 5,
+        "norm_kernel": 3,
+        "prologue_kernel": 5,
+        "update_kernel": 7,
         "reduce_kernel": 1,
         "unit_kernel": 1,
     }

@@ -12,6 +12,9 @@ Kernels change their operands in place, so nothing here is autotuned: a trial ru
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,6 +32,8 @@ from fused_clip_adam.backends.device_table import (
     rows_of_pairs,
 )
 from fused_clip_adam.backends.device_table import ROW as _ROW_WORDS
+from fused_clip_adam.backends.device_table import SAMPLE as _SAMPLE_COLUMN
+from fused_clip_adam.backends.device_table import SAMPLES as _SAMPLES_COLUMN
 from fused_clip_adam.backends.device_table import UNIT as _UNIT_COLUMN
 from fused_clip_adam.backends.reference_step import ALIGN_BLOCK as _ALIGN_BLOCK
 from fused_clip_adam.backends.reference_step import ALIGN_ELEMENT as _ALIGN_ELEMENT
@@ -60,6 +65,7 @@ __all__ = [
     "place",
     "prologue",
     "reduce",
+    "sample_square_sums",
     "tensor_table",
     "unavailable",
     "unit_sums",
@@ -78,6 +84,7 @@ PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ = (tl.constexpr(slot) for slot 
 STEP, STEP_IS_F64, BIAS_WEIGHTS, NUMEL = (tl.constexpr(column) for column in range(5, 9))
 FLAT, STRIDED_AT, GROUP = (tl.constexpr(column) for column in range(12, 15))
 UNIT = tl.constexpr(_UNIT_COLUMN)
+COUNT, APART = tl.constexpr(_SAMPLES_COLUMN), tl.constexpr(_SAMPLE_COLUMN)
 UNIT_SPAN, FEWEST_UNITS, MOST_UNITS = map(tl.constexpr, (_UNIT_SPAN, _FEWEST_UNITS, _MOST_UNITS))
 GROUP_SCALARS = tl.constexpr(len(columns.GROUP_SCALARS))
 LR_ADDRESS, LR_IS_F64 = (tl.constexpr(columns.GROUP_SCALARS.index(name)) for name in ("lr_address", "lr_is_f64"))
@@ -90,6 +97,10 @@ GRAMS, ATAN2, FADAM = map(tl.constexpr, (_GRAMS, _ATAN2, _FADAM))
 SQUARES_MAX, DOT, AGREE = map(tl.constexpr, (columns.SQUARES_MAX, columns.DOT, columns.AGREE))
 RMS, METRIC, TAU_SQUARES = map(tl.constexpr, (columns.RMS, columns.METRIC, columns.TAU_SQUARES))
 FADAM_SQUARES = tl.constexpr(columns.FADAM_SQUARES)
+PLAIN, STACKED, NOISED = map(tl.constexpr, range(3))
+"""SAMPLES of a kernel: gradients; stacks of samples to be summed up; and noise on the sums."""
+AT_ONCE = tl.constexpr(4)  # samples whose loads are in flight together
+ULP_32, ANGLE_32 = tl.constexpr(2.0**-32), tl.constexpr(2 * math.pi * 2.0**-32)
 
 # ---------------------------------------------------------------- the update of one element
 
@@ -407,6 +418,109 @@ def record_of(fixed_ptr, row_ptr, MEMORY_ORDER: tl.constexpr, STRIDED: tl.conste
     return fixed_ptr + at + 1, dims
 
 
+# ---------------------------------------------------------------- a gradient that samples make up: csrc/samples.h
+
+
+@triton.jit
+def normal_pair(seed, tensor, pair):
+    """The standard normals of elements 2 pair and 2 pair + 1 of a tensor: Box-Muller on Philox4x32-10, in float64."""
+    x, y, _, _ = tl.philox(
+        seed, pair.to(tl.uint32), (pair >> 32).to(tl.uint32), tensor.to(tl.uint32), (tensor >> 32).to(tl.uint32)
+    )
+    size = tl.sqrt(-2.0 * tl.log((x.to(tl.float64) + 1.0) * ULP_32))
+    # The angle is y 2^-32 turns: the nearest quarter turn is taken off exactly, so that two polynomials (fdlibm's) will
+    # do. libdevice's sine and cosine keep a table on the stack, for angles that do not occur here.
+    turned = y + 0x20000000
+    t = ((turned & 0x3FFFFFFF).to(tl.int32) - 0x20000000).to(tl.float64) * ANGLE_32
+    z = t * t
+    p = z * 1.58969099521155010221e-10 + -2.50507602534068634195e-8
+    p = p * z + 2.75573137070700676789e-6
+    p = p * z + -1.98412698298579493134e-4
+    p = p * z + 8.33333333332248946124e-3
+    p = p * z + -1.66666666666666324348e-1
+    q = z * -1.13596475577881948265e-11 + 2.08757232129817482790e-9
+    q = q * z + -2.75573143513906633035e-7
+    q = q * z + 2.48015872894767294178e-5
+    q = q * z + -1.38888888888741095749e-3
+    q = q * z + 4.16666666666666019037e-2
+    sine, cosine = size * (t + t * z * p), size * (1.0 - (0.5 * z - z * z * q))
+    quarter = turned >> 30
+    swapped = (quarter & 1) != 0
+    first, second = tl.where(swapped, sine, cosine), tl.where(swapped, cosine, sine)
+    first = tl.where((quarter == 1) | (quarter == 2), -first, first)
+    return first, tl.where(quarter >= 2, -second, second)
+
+
+@triton.jit
+def standard_normal(seed, tensor, first, lane, TILE: tl.constexpr, VECTOR: tl.constexpr):
+    """Of elements `first` + `lane` of a tensor. VECTOR: these are TILE of them in a row, and `first` is even."""
+    if VECTOR:
+        even, odd = normal_pair(seed, tensor, first // 2 + tl.arange(0, TILE // 2))
+        return tl.interleave(even, odd)
+    else:
+        index = first + lane
+        even, odd = normal_pair(seed, tensor, index // 2)
+        return tl.where(index % 2 == 0, even, odd)
+
+
+@triton.jit
+def source_of(fresh_ptr, row_ptr, row, weights_ptr, seed_ptr, noise, G_TYPE: tl.constexpr, SAMPLES: tl.constexpr):
+    """Where a row's gradient lies, and what it is made of there; and a multiple of 16 if all of that is aligned."""
+    address = tl.load(fresh_ptr + row)
+    if SAMPLES:
+        apart = tl.load(row_ptr + APART)
+        seed = row
+        if SAMPLES == NOISED:
+            seed = tl.load(seed_ptr)
+        source = (address, tl.load(row_ptr + COUNT), apart, weights_ptr, seed, noise, row)
+        return source, address | apart * (G_TYPE.primitive_bitwidth // 8)
+    else:
+        return (address,), address
+
+
+@triton.jit
+def load_grad(
+    pointer,  # to a tile of the gradient, or of the first sample
+    mask,
+    source,
+    first,
+    lane,
+    T: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    TILE: tl.constexpr,  # elements that lie in a row, all there where VECTOR; 0: `mask` tells
+    VECTOR: tl.constexpr,
+):
+    """A tile of the raw gradient: sum_b w_b S_b in the order of the samples, and noise. One of weight 0 is not read."""
+    WHOLE: tl.constexpr = VECTOR if TILE else 0
+    if not SAMPLES:
+        return load_tile(pointer, mask, T, WHOLE)
+    else:
+        _address, count, apart, weights_ptr, seed, noise, tensor = source
+        if SAMPLES == NOISED:
+            own = (noise * standard_normal(seed, tensor, first, lane, TILE, WHOLE)).to(T)
+            if not WHOLE:
+                own = tl.where(mask, own, 0.0)
+        grad = tl.zeros(lane.shape, T)
+        always = tl.full([], True, tl.int1)  # the interpreter takes a comparison for the type of what is compared
+        for b in range(0, bound(count), AT_ONCE):
+            weights, values = (), ()
+            for k in tl.static_range(AT_ONCE):
+                weight = tl.load(weights_ptr + b + k, mask=b + k < count, other=0.0)
+                offset = (b + k) * apart
+                there = always & (weight != 0.0)
+                if VECTOR:
+                    offset = tl.multiple_of(offset, VECTOR)
+                if not WHOLE:
+                    there = mask & there
+                weights += (weight.to(T),)
+                values += (tl.load(pointer + offset, mask=there, other=0.0),)
+            for k in tl.static_range(AT_ONCE):
+                grad += weights[k] * load_as(values[k], T)
+        if SAMPLES == NOISED:
+            grad += own
+        return grad
+
+
 # ---------------------------------------------------------------- one tile
 
 
@@ -463,19 +577,20 @@ def block_dot_tile(
     COUPLED: tl.constexpr,
     GUARDED: tl.constexpr,
     UNITS: tl.constexpr,
+    SAMPLES: tl.constexpr,
     STRIDED: tl.constexpr,
     TILE: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
     """m g in float64, where products of float32 are exact, per element; 0 from `stop` on."""
-    param_at, grad_at, exp_avg_at, exp_avg_sq_at, _max_exp_avg_sq_at = addresses
+    param_at, source, exp_avg_at, exp_avg_sq_at, _max_exp_avg_sq_at = addresses
     lane, mask = tile_mask(first, stop, first, TILE, 0)
     param, exp_avg_sq = 0.0, 0.0
     if COUPLED:
         pointer = slot_pointer(param_at, PARAM, first, lane, record_ptr, dims, P_TYPE, STRIDED, VECTOR)
         param = load_tile(pointer, mask, T, VECTOR)
-    pointer = slot_pointer(grad_at, GRAD, first, lane, record_ptr, dims, G_TYPE, STRIDED, VECTOR)
-    grad = load_tile(pointer, mask, T, VECTOR)
+    pointer = slot_pointer(source[0], GRAD, first, lane, record_ptr, dims, G_TYPE, STRIDED, VECTOR)
+    grad = load_grad(pointer, mask, source, first, lane, T, SAMPLES, TILE, VECTOR)
     pointer = slot_pointer(exp_avg_at, EXP_AVG, first, lane, record_ptr, dims, S_TYPE, STRIDED, VECTOR)
     exp_avg = load_tile(pointer, mask, T, VECTOR)
     if GUARDED:  # a spike is one against v
@@ -504,6 +619,7 @@ def block_dot(
     COUPLED: tl.constexpr,
     GUARDED: tl.constexpr,
     UNITS: tl.constexpr,
+    SAMPLES: tl.constexpr,
     STRIDED: tl.constexpr,
     TILE: tl.constexpr,
     TAIL: tl.constexpr,
@@ -514,14 +630,14 @@ def block_dot(
     for first in range(bound(start), bound(whole), TILE):
         dot += block_dot_tile(
             addresses, first, whole, record_ptr, dims, s, factors_ptr, unit,
-            P_TYPE, G_TYPE, S_TYPE, T, COUPLED, GUARDED, UNITS, STRIDED, TILE, VECTOR,
+            P_TYPE, G_TYPE, S_TYPE, T, COUPLED, GUARDED, UNITS, SAMPLES, STRIDED, TILE, VECTOR,
         )  # fmt: skip
     total = tl.sum(dot)
     dot = tl.zeros([TAIL], tl.float64)
     for first in range(bound(whole), bound(stop), TAIL):
         dot += block_dot_tile(
             addresses, first, stop, record_ptr, dims, s, factors_ptr, unit,
-            P_TYPE, G_TYPE, S_TYPE, T, COUPLED, GUARDED, UNITS, STRIDED, TAIL, 0,
+            P_TYPE, G_TYPE, S_TYPE, T, COUPLED, GUARDED, UNITS, SAMPLES, STRIDED, TAIL, 0,
         )  # fmt: skip
     return total + tl.sum(dot)
 
@@ -551,6 +667,7 @@ def update_tile(
     UNITS: tl.constexpr,
     DOTS: tl.constexpr,
     GATHER: tl.constexpr,
+    SAMPLES: tl.constexpr,
     STRIDED: tl.constexpr,
     TILE: tl.constexpr,
     GATE: tl.constexpr,
@@ -562,14 +679,14 @@ def update_tile(
 
     GATE > 0: every GATE lanes are one block of ALIGN_BLOCK, and `keep` is found here.
     """
-    param_at, grad_at, exp_avg_at, exp_avg_sq_at, max_exp_avg_sq_at = addresses
+    param_at, source, exp_avg_at, exp_avg_sq_at, max_exp_avg_sq_at = addresses
     lane, mask = tile_mask(first, stop, block, TILE, PADDED)
     param_ptr = slot_pointer(param_at, PARAM, first, lane, record_ptr, dims, P_TYPE, STRIDED, VECTOR)
-    grad_ptr = slot_pointer(grad_at, GRAD, first, lane, record_ptr, dims, G_TYPE, STRIDED, VECTOR)
+    grad_ptr = slot_pointer(source[0], GRAD, first, lane, record_ptr, dims, G_TYPE, STRIDED, VECTOR)
     exp_avg_ptr = slot_pointer(exp_avg_at, EXP_AVG, first, lane, record_ptr, dims, S_TYPE, STRIDED, VECTOR)
     exp_avg_sq_ptr = slot_pointer(exp_avg_sq_at, EXP_AVG_SQ, first, lane, record_ptr, dims, S_TYPE, STRIDED, VECTOR)
     param = load_tile(param_ptr, mask, T, VECTOR)
-    grad = load_tile(grad_ptr, mask, T, VECTOR)
+    grad = load_grad(grad_ptr, mask, source, first, lane, T, SAMPLES, TILE, VECTOR)
     exp_avg = load_tile(exp_avg_ptr, mask, T, VECTOR)
     exp_avg_sq = load_tile(exp_avg_sq_ptr, mask, T, VECTOR)
     max_exp_avg_sq = exp_avg_sq
@@ -612,27 +729,42 @@ def update_tile(
 # ---------------------------------------------------------------- phase 1: sums of squares
 
 
-@triton.jit(do_not_specialize=["fixed_ptr", "fresh_ptr", "partials_ptr", "chunks_at", "first_chunk", "chunk_size"])
+@triton.jit(
+    do_not_specialize=[
+        "fixed_ptr", "fresh_ptr", "weights_ptr", "partials_ptr", "chunks_at", "first_chunk", "chunks", "chunk_size"
+    ]
+)  # fmt: skip
 def norm_kernel(
     fixed_ptr,  # int64: rows, records, chunks
     fresh_ptr,  # int64: addresses of gradients
-    partials_ptr,  # float64, one a chunk: receives sum g^2 of raw gradients
+    weights_ptr,  # float64, one a sample (SAMPLES)
+    partials_ptr,  # float64, one a chunk: receives sum g^2 of raw gradients; or one a chunk and sample, of the samples
     chunks_at,  # where in fixed_ptr the chunks begin
     first_chunk,
+    chunks,
     chunk_size,
     G_TYPE: tl.constexpr,
     T: tl.constexpr,
+    SAMPLES: tl.constexpr,  # a program takes one sample of a chunk
     STRIDED: tl.constexpr,
     TILE: tl.constexpr,  # elements at a time where all is aligned
     TAIL: tl.constexpr,  # elements at a time elsewhere
     VECTOR: tl.constexpr,  # elements of an aligned access
 ):
     chunk = first_chunk + tl.program_id(0).to(tl.int64)
+    if SAMPLES:
+        sample = tl.program_id(0).to(tl.int64) // chunks
+        chunk -= sample * chunks
     row = tl.load(fixed_ptr + chunks_at + 2 * chunk)
     begin = tl.load(fixed_ptr + chunks_at + 2 * chunk + 1)
     row_ptr = fixed_ptr + row * ROW
     end = tl.minimum(begin + chunk_size, tl.load(row_ptr + NUMEL))
     grad_at = tl.load(fresh_ptr + row)
+    partial_ptr = partials_ptr + chunk
+    if SAMPLES:
+        grad_at += sample * tl.load(row_ptr + APART) * (G_TYPE.primitive_bitwidth // 8)
+        end = tl.where(tl.load(weights_ptr + sample) != 0.0, end, begin)  # of no weight: not read
+        partial_ptr = partials_ptr + chunk * tl.load(row_ptr + COUNT) + sample
     record_ptr, dims = record_of(fixed_ptr, row_ptr, True, STRIDED)
 
     aligned = (grad_at % 16 == 0) & (begin % VECTOR == 0) & (dims == 0)
@@ -648,7 +780,7 @@ def norm_kernel(
         lane, mask = tile_mask(first, end, first, TAIL, 0)
         pointer = slot_pointer(grad_at, GRAD, first, lane, record_ptr, dims, G_TYPE, STRIDED, 0)
         sum_squares += squares_of(load_tile(pointer, mask, T, 0), TAIL, 0)
-    tl.store(partials_ptr + chunk, total + tl.sum(sum_squares))
+    tl.store(partial_ptr, total + tl.sum(sum_squares))
 
 
 # ---------------------------------------------------------------- phase 2: every scalar of a step, float64
@@ -862,15 +994,16 @@ def reduce_tile(
     READS_PARAM: tl.constexpr,
     READS_EXP_AVG: tl.constexpr,
     READS_EXP_AVG_SQ: tl.constexpr,
+    SAMPLES: tl.constexpr,
     STRIDED: tl.constexpr,
     TILE: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
     """`x` and `y` with what the elements of a tile, up to `stop`, add to them."""
-    param_at, grad_at, exp_avg_at, exp_avg_sq_at = addresses
+    param_at, source, exp_avg_at, exp_avg_sq_at = addresses
     lane, mask = tile_mask(first, stop, first, TILE, 0)
-    pointer = slot_pointer(grad_at, GRAD, first, lane, record_ptr, dims, G_TYPE, STRIDED, VECTOR)
-    grad = load_tile(pointer, mask, T, VECTOR)
+    pointer = slot_pointer(source[0], GRAD, first, lane, record_ptr, dims, G_TYPE, STRIDED, VECTOR)
+    grad = load_grad(pointer, mask, source, first, lane, T, SAMPLES, TILE, VECTOR)
     param, exp_avg, exp_avg_sq = 0.0, 0.0, 0.0
     if READS_PARAM:
         pointer = slot_pointer(param_at, PARAM, first, lane, record_ptr, dims, P_TYPE, STRIDED, VECTOR)
@@ -906,6 +1039,9 @@ def reduce_tile(
         "scalars_ptr",
         "unit_factors_ptr",
         "unit_starts_ptr",
+        "weights_ptr",
+        "seed_ptr",
+        "noise",
         "pairs_ptr",
         "chunks_at",
         "first_chunk",
@@ -918,6 +1054,9 @@ def reduce_kernel(
     scalars_ptr,  # float64 [rows, SCALARS]; SQUARES_MAX makes nothing of them
     unit_factors_ptr,  # of update_kernel (UNITS)
     unit_starts_ptr,
+    weights_ptr,  # of update_kernel (SAMPLES)
+    seed_ptr,
+    noise: tl.float64,
     pairs_ptr,  # float64, two a chunk: receives the two sums
     chunks_at,  # where in fixed_ptr the chunks begin
     first_chunk,
@@ -932,6 +1071,7 @@ def reduce_kernel(
     READS_PARAM: tl.constexpr,
     READS_EXP_AVG: tl.constexpr,
     READS_EXP_AVG_SQ: tl.constexpr,
+    SAMPLES: tl.constexpr,
     STRIDED: tl.constexpr,
     TILE: tl.constexpr,  # elements at a time where all is aligned
     TAIL: tl.constexpr,  # elements at a time elsewhere
@@ -944,12 +1084,12 @@ def reduce_kernel(
     begin = tl.load(fixed_ptr + chunks_at + 2 * chunk + 1)
     row_ptr = fixed_ptr + row * ROW
     end = tl.minimum(begin + chunk_size, tl.load(row_ptr + NUMEL))
-    grad_at = tl.load(fresh_ptr + row)
+    source, read = source_of(fresh_ptr, row_ptr, row, weights_ptr, seed_ptr, noise, G_TYPE, SAMPLES)
     param_at = tl.load(row_ptr + PARAM)
     exp_avg_at = tl.load(row_ptr + EXP_AVG)
     exp_avg_sq_at = tl.load(row_ptr + EXP_AVG_SQ)
-    addresses = (param_at, grad_at, exp_avg_at, exp_avg_sq_at)
-    record_ptr, dims = record_of(fixed_ptr, row_ptr, not UNITS, STRIDED)
+    addresses = (param_at, source, exp_avg_at, exp_avg_sq_at)
+    record_ptr, dims = record_of(fixed_ptr, row_ptr, not UNITS and SAMPLES != NOISED, STRIDED)
     s = load_scalars(scalars_ptr + row * SCALARS, T, True)
     factors_ptr = unit_factors_ptr
     unit = begin
@@ -957,7 +1097,6 @@ def reduce_kernel(
         factors_ptr += tl.load(unit_starts_ptr + row)
         unit = tl.load(row_ptr + UNIT)
 
-    read = grad_at
     if READS_PARAM:
         read = read | param_at
     if READS_EXP_AVG:
@@ -972,7 +1111,7 @@ def reduce_kernel(
         x, y = reduce_tile(
             addresses, first, whole, record_ptr, dims, s, factors_ptr, unit, x, y,
             P_TYPE, G_TYPE, S_TYPE, T, KIND, COUPLED, UNITS, READS_PARAM, READS_EXP_AVG, READS_EXP_AVG_SQ,
-            STRIDED, TILE, VECTOR,
+            SAMPLES, STRIDED, TILE, VECTOR,
         )  # fmt: skip
     tail_x = tl.zeros([TAIL], tl.float64)
     tail_y = tl.zeros([TAIL], Y_TYPE)
@@ -980,7 +1119,7 @@ def reduce_kernel(
         tail_x, tail_y = reduce_tile(
             addresses, first, end, record_ptr, dims, s, factors_ptr, unit, tail_x, tail_y,
             P_TYPE, G_TYPE, S_TYPE, T, KIND, COUPLED, UNITS, READS_PARAM, READS_EXP_AVG, READS_EXP_AVG_SQ,
-            STRIDED, TAIL, 0,
+            SAMPLES, STRIDED, TAIL, 0,
         )  # fmt: skip
     tl.store(pairs_ptr + 2 * chunk, tl.sum(x) + tl.sum(tail_x))
     if KIND == SQUARES_MAX:
@@ -991,7 +1130,7 @@ def reduce_kernel(
 
 @triton.jit
 def unit_squares(
-    address,
+    source,  # of source_of, or an address alone
     slot,
     first,  # int64: the first output row
     rows,  # int64: how many there are from there
@@ -999,13 +1138,14 @@ def unit_squares(
     record_ptr,
     dims,
     S: tl.constexpr,
+    T: tl.constexpr,
+    SAMPLES: tl.constexpr,
     STRIDED: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     VECTOR: tl.constexpr,  # > 0: the caller has checked that output rows begin and end at aligned runs of so many
 ):
     """Sums of squares of up to ROWS output rows of a slot: float64 [ROWS]."""
-    T: tl.constexpr = tl.float64 if S.primitive_bitwidth == 64 else tl.float32
     row = tl.arange(0, ROWS)
     col = tl.arange(0, COLS)
     there = row < tl.minimum(rows, ROWS).to(tl.int32)
@@ -1019,8 +1159,8 @@ def unit_squares(
         if VECTOR:
             left = tl.multiple_of(left, VECTOR)
         mask = there[:, None] & (col < left)[None, :]
-        pointer = slot_pointer(address, slot, first * unit + begin, lane, record_ptr, dims, S, STRIDED, VECTOR)
-        value = load_tile(pointer, mask, T, 0).to(tl.float64)
+        pointer = slot_pointer(source[0], slot, first * unit + begin, lane, record_ptr, dims, S, STRIDED, VECTOR)
+        value = load_grad(pointer, mask, source, first * unit + begin, lane, T, SAMPLES, 0, VECTOR).to(tl.float64)
         sums += value * value
     return tl.sum(sums, axis=1)
 
@@ -1028,7 +1168,8 @@ def unit_squares(
 @triton.jit
 def store_unit_squares(
     out_ptr,  # float64: two numbers an output row; receives one of them
-    address,
+    source,
+    read,  # a multiple of 16 if all that lies there is aligned
     slot,
     first,
     rows,
@@ -1036,29 +1177,43 @@ def store_unit_squares(
     record_ptr,
     dims,
     S: tl.constexpr,
+    T: tl.constexpr,
+    SAMPLES: tl.constexpr,
     STRIDED: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
     VECTOR: tl.constexpr = 128 // S.primitive_bitwidth
-    if (address % 16 == 0) & (unit % VECTOR == 0) & (dims == 0):
-        sums = unit_squares(address, slot, first, rows, unit, record_ptr, dims, S, STRIDED, ROWS, COLS, VECTOR)
+    if (read % 16 == 0) & (unit % VECTOR == 0) & (dims == 0):
+        sums = unit_squares(
+            source, slot, first, rows, unit, record_ptr, dims, S, T, SAMPLES, STRIDED, ROWS, COLS, VECTOR
+        )
     else:
-        sums = unit_squares(address, slot, first, rows, unit, record_ptr, dims, S, STRIDED, ROWS, COLS, 0)
+        sums = unit_squares(source, slot, first, rows, unit, record_ptr, dims, S, T, SAMPLES, STRIDED, ROWS, COLS, 0)
     row = tl.arange(0, ROWS)
     tl.store(out_ptr + 2 * row, sums, mask=row < rows)
 
 
-@triton.jit(do_not_specialize=["fixed_ptr", "fresh_ptr", "starts_ptr", "chunks_ptr", "out_ptr", "first_chunk"])
+@triton.jit(
+    do_not_specialize=[
+        "fixed_ptr", "fresh_ptr", "starts_ptr", "chunks_ptr", "weights_ptr", "seed_ptr", "noise", "out_ptr",
+        "first_chunk",
+    ]
+)  # fmt: skip
 def unit_kernel(
     fixed_ptr,  # int64: rows, records
     fresh_ptr,  # int64: addresses of gradients
     starts_ptr,  # int64 [rows]: a tensor's first output row among those of its batch
     chunks_ptr,  # int64, two a chunk: row, its first output row
+    weights_ptr,  # of update_kernel (SAMPLES)
+    seed_ptr,
+    noise: tl.float64,
     out_ptr,  # float64, two an output row: receives sums of squares of raw gradients and of parameters
     first_chunk,
     P_TYPE: tl.constexpr,
     G_TYPE: tl.constexpr,
+    T: tl.constexpr,
+    SAMPLES: tl.constexpr,
     STRIDED: tl.constexpr,
     ROWS: tl.constexpr,  # output rows at a time, where a chunk has several
     COLS: tl.constexpr,  # elements of each at a time
@@ -1070,29 +1225,29 @@ def unit_kernel(
     unit = tl.load(row_ptr + UNIT)
     rows = tl.load(row_ptr + NUMEL) // unit
     param_at = tl.load(row_ptr + PARAM)
-    grad_at = tl.load(fresh_ptr + row)
+    source, read = source_of(fresh_ptr, row_ptr, row, weights_ptr, seed_ptr, noise, G_TYPE, SAMPLES)
     record_ptr, dims = record_of(fixed_ptr, row_ptr, False, STRIDED)
     out_ptr += 2 * tl.load(starts_ptr + row)
     if unit > UNIT_SPAN:
         store_unit_squares(
-            out_ptr + 2 * begin, grad_at, GRAD, begin, rows - begin, unit, record_ptr, dims,
-            G_TYPE, STRIDED, 1, ROWS * COLS,
+            out_ptr + 2 * begin, source, read, GRAD, begin, rows - begin, unit, record_ptr, dims,
+            G_TYPE, T, SAMPLES, STRIDED, 1, ROWS * COLS,
         )  # fmt: skip
         store_unit_squares(
-            out_ptr + 2 * begin + 1, param_at, PARAM, begin, rows - begin, unit, record_ptr, dims,
-            P_TYPE, STRIDED, 1, ROWS * COLS,
+            out_ptr + 2 * begin + 1, (param_at,), param_at, PARAM, begin, rows - begin, unit, record_ptr, dims,
+            P_TYPE, T, PLAIN, STRIDED, 1, ROWS * COLS,
         )  # fmt: skip
     else:
         at_once = tl.minimum(tl.maximum(UNIT_SPAN // unit, FEWEST_UNITS), MOST_UNITS)  # as device_table.units_at_once
         end = tl.minimum(begin + at_once, rows)
         for first in range(bound(begin), bound(end), ROWS):
             store_unit_squares(
-                out_ptr + 2 * first, grad_at, GRAD, first, end - first, unit, record_ptr, dims,
-                G_TYPE, STRIDED, ROWS, COLS,
+                out_ptr + 2 * first, source, read, GRAD, first, end - first, unit, record_ptr, dims,
+                G_TYPE, T, SAMPLES, STRIDED, ROWS, COLS,
             )  # fmt: skip
             store_unit_squares(
-                out_ptr + 2 * first + 1, param_at, PARAM, first, end - first, unit, record_ptr, dims,
-                P_TYPE, STRIDED, ROWS, COLS,
+                out_ptr + 2 * first + 1, (param_at,), param_at, PARAM, first, end - first, unit, record_ptr, dims,
+                P_TYPE, T, PLAIN, STRIDED, ROWS, COLS,
             )  # fmt: skip
 
 
@@ -1109,6 +1264,9 @@ def unit_kernel(
         "grad_square_sum_ptr",
         "unit_factors_ptr",
         "unit_starts_ptr",
+        "weights_ptr",
+        "seed_ptr",
+        "noise",
         "dots_ptr",
         "chunks_at",
         "first_chunk",
@@ -1126,6 +1284,9 @@ def update_kernel(
     grad_square_sum_ptr,  # float64: receives the sum of squares of unscaled gradients (GATHER)
     unit_factors_ptr,  # float64, one an output row of the batch: a factor of its gradient (UNITS)
     unit_starts_ptr,  # int64 [rows]: a tensor's first output row there (UNITS)
+    weights_ptr,  # float64, one a sample (SAMPLES)
+    seed_ptr,  # int64, of the noise (SAMPLES == NOISED)
+    noise: tl.float64,  # its standard deviation
     dots_ptr,  # float64, one a chunk: receives sum m g before the update (DOTS)
     chunks_at,  # where in fixed_ptr the chunks begin
     first_chunk,
@@ -1143,6 +1304,7 @@ def update_kernel(
     UNITS: tl.constexpr,
     DOTS: tl.constexpr,
     GATHER: tl.constexpr,
+    SAMPLES: tl.constexpr,
     STRIDED: tl.constexpr,
     TILE: tl.constexpr,  # elements at a time where all is aligned
     TAIL: tl.constexpr,  # elements at a time elsewhere
@@ -1163,20 +1325,20 @@ def update_kernel(
         return
     end = tl.minimum(begin + chunk_size, tl.load(row_ptr + NUMEL))
     param_at = tl.load(row_ptr + PARAM)
-    grad_at = tl.load(fresh_ptr + row)
+    source, read = source_of(fresh_ptr, row_ptr, row, weights_ptr, seed_ptr, noise, G_TYPE, SAMPLES)
     exp_avg_at = tl.load(row_ptr + EXP_AVG)
     exp_avg_sq_at = tl.load(row_ptr + EXP_AVG_SQ)
     max_exp_avg_sq_at = tl.load(row_ptr + MAX_EXP_AVG_SQ)
-    addresses = (param_at, grad_at, exp_avg_at, exp_avg_sq_at, max_exp_avg_sq_at)
-    # Blocks and output rows are runs of the logical order: memory order will do only where the two agree.
-    record_ptr, dims = record_of(fixed_ptr, row_ptr, RULE != ALIGN_BLOCK and not UNITS, STRIDED)
+    addresses = (param_at, source, exp_avg_at, exp_avg_sq_at, max_exp_avg_sq_at)
+    # Blocks, output rows and noise follow the logical order: memory order will do only where the two agree.
+    record_ptr, dims = record_of(fixed_ptr, row_ptr, RULE != ALIGN_BLOCK and not UNITS and SAMPLES != NOISED, STRIDED)
     s = load_scalars(scalars, T, GUARDED)
     factors_ptr = unit_factors_ptr
     unit = begin
     if UNITS:
         factors_ptr += tl.load(unit_starts_ptr + row)
         unit = tl.load(row_ptr + UNIT)
-    aligned = (param_at | grad_at | exp_avg_at | exp_avg_sq_at | max_exp_avg_sq_at) % 16 == 0
+    aligned = (param_at | read | exp_avg_at | exp_avg_sq_at | max_exp_avg_sq_at) % 16 == 0
     aligned = aligned & (dims == 0)
     # Aligned tiles first; then what is left, in units of a block where one tile cannot hold it, else in one go.
     whole = begin
@@ -1188,7 +1350,7 @@ def update_kernel(
         squares, dots = update_tile(
             addresses, first, whole, block, record_ptr, dims, s, factors_ptr, unit, True, squares, dots,
             P_TYPE, G_TYPE, S_TYPE, T, RULE, AMSGRAD, COUPLED, GUARDED, UNITS, DOTS, GATHER,
-            STRIDED, TILE, GATE, 0, VECTOR,
+            SAMPLES, STRIDED, TILE, GATE, 0, VECTOR,
         )  # fmt: skip
     sum_squares = tl.sum(squares)
     sum_dots = tl.sum(dots)
@@ -1207,7 +1369,7 @@ def update_kernel(
                 whole = tl.where(aligned & (start % VECTOR == 0), start + (stop - start) // TILE * TILE, start)
             dot = block_dot(
                 addresses, start, whole, stop, record_ptr, dims, s, factors_ptr, unit,
-                P_TYPE, G_TYPE, S_TYPE, T, COUPLED, GUARDED, UNITS, STRIDED, TILE, TAIL, VECTOR,
+                P_TYPE, G_TYPE, S_TYPE, T, COUPLED, GUARDED, UNITS, SAMPLES, STRIDED, TILE, TAIL, VECTOR,
             )  # fmt: skip
             keep = dot > 0  # all-zero momentum: nothing to drop, either answer gives d = b g
             tl.debug_barrier()  # every thread has read the old momentum before one of them writes it
@@ -1218,7 +1380,7 @@ def update_kernel(
                     squares, dots = update_tile(
                         addresses, first, whole, block, record_ptr, dims, s, factors_ptr, unit, keep, squares, dots,
                         P_TYPE, G_TYPE, S_TYPE, T, RULE, AMSGRAD, COUPLED, GUARDED, UNITS, DOTS, GATHER,
-                        STRIDED, TILE, 0, 0, VECTOR,
+                        SAMPLES, STRIDED, TILE, 0, 0, VECTOR,
                     )  # fmt: skip
                 sum_squares += tl.sum(squares)
                 sum_dots += tl.sum(dots)
@@ -1228,7 +1390,7 @@ def update_kernel(
             tail_squares, tail_dots = update_tile(
                 addresses, first, stop, block, record_ptr, dims, s, factors_ptr, unit, keep, tail_squares, tail_dots,
                 P_TYPE, G_TYPE, S_TYPE, T, RULE, AMSGRAD, COUPLED, GUARDED, UNITS, DOTS, GATHER,
-                STRIDED, TAIL, TAIL_GATE, PADDED, 0,
+                SAMPLES, STRIDED, TAIL, TAIL_GATE, PADDED, 0,
             )  # fmt: skip
         sum_squares += tl.sum(tail_squares)
         sum_dots += tl.sum(tail_dots)
@@ -1256,7 +1418,7 @@ in flight, and few enough registers for 16 warps a multiprocessor (tests/registe
 _NORM_ACCESSES = 4
 """The same of the norm, which has one stream."""
 _REDUCE_ACCESSES = 2
-"""The same of a reduction that has two or three."""
+"""The same of a reduction that has two or three, or several samples at a time."""
 _TAIL = 2 * _THREADS
 """Elements of a tile outside the aligned path, two a thread: unaligned accesses take one element each. Blocks longer
 than a tile, or than this one where they are not a power of two, read m and g twice, the second time from a cache."""
@@ -1265,14 +1427,17 @@ _UNIT_ROWS, _UNIT_ELEMENTS = 8, 8
 _MOST_REGISTERS = {8: 255, 4: 128, 2: 128}
 """Of the update on NVIDIA, by the same: 16 warps a multiprocessor, 8 of float64. Left alone, ptxas spills some bytes to
 reach 64. AMD has no such option."""
-_MOST_CROWDED = 168
-"""The same where the update sums m g, or has both output rows and blocks: at 128 some of those spill. 12 warps a
-multiprocessor."""
+_MOST_CROWDED = (168, 255, 255)
+"""The same where the update sums m g or has both output rows and blocks, where it makes noise, where it sums up samples
+for blocks longer than a tile; where two or three of these come together: at fewer some of those spill. 12 and 8 warps a
+multiprocessor. The first also of a reduction of samples, which spills some bytes if left alone."""
 _PROLOGUE_ROWS, _PROLOGUE_SUMS, _PROLOGUE_WARPS = 256, 2048, 8
 """One program does it all: a row a thread, and enough partial sums at a time that 1e9 elements take 30 reads."""
 
 
-def _update_shape(dtypes: tuple[int, int, int], overshoot: int, block: int, units: bool, dots: bool) -> dict[str, int]:
+def _update_shape(
+    dtypes: tuple[int, int, int], overshoot: int, block: int, units: bool, dots: bool, samples: int
+) -> dict[str, int]:
     """The constants of update_kernel that follow from sizes."""
     widest = max(BYTES[code] for code in dtypes)
     tile, gate = _THREADS * _UPDATE_ACCESSES[widest] * (16 // widest), 0
@@ -1283,24 +1448,29 @@ def _update_shape(dtypes: tuple[int, int, int], overshoot: int, block: int, unit
     shape = {"TILE": tile, "TAIL": _TAIL, "GATE": gate, "PADDED": padded, "VECTOR": 16 // widest, "num_warps": _WARPS}
     if torch.version.hip:
         return shape
-    crowded = dots or (units and overshoot == _ALIGN_BLOCK)
-    return {**shape, "maxnreg": max(_MOST_REGISTERS[widest], _MOST_CROWDED if crowded else 0)}
+    align = overshoot == _ALIGN_BLOCK
+    crowded = (dots or (units and align)) + (samples == 2) + (samples > 0 and align and not gate)
+    return {**shape, "maxnreg": max(_MOST_REGISTERS[widest], (0, *_MOST_CROWDED)[crowded])}
 
 
-def _norm(placed: DeviceTables, launch: Launch) -> None:
+def _norm(placed: DeviceTables, launch: Launch, partials: Tensor, samples: Any = None) -> None:
+    """`samples`: PlacedSamples where the sums are of single samples."""
     grad = launch.dtypes[1]
     launch_kernel(
         norm_kernel,
-        launch.chunks,
+        launch.chunks * (1 if samples is None else samples.count),
         placed.device,
         placed.fixed,
         placed.fresh,
-        placed.partials,
+        partials if samples is None else samples.weights,
+        partials,
         placed.chunks_at,
         launch.first_chunk,
+        launch.chunks,
         launch.chunk_size,
         G_TYPE=TYPES[grad],
         T=TYPES[0 if grad == 0 else 1],
+        SAMPLES=samples is not None,
         STRIDED=launch.strided,
         TILE=_THREADS * _NORM_ACCESSES * (16 // BYTES[grad]),
         TAIL=_TAIL,
@@ -1314,8 +1484,26 @@ def _norm(placed: DeviceTables, launch: Launch) -> None:
 def grad_square_sums(placed: DeviceTables) -> Tensor:
     """Phase 1, see reference_step.py: float64 [chunks]. Reads each gradient once."""
     for launch in placed.launches:
-        _norm(placed, launch)
+        _norm(placed, launch, placed.partials)
     return placed.partials
+
+
+def sample_square_sums(placed: DeviceTables) -> Tensor:
+    """See reference_step.py. Reads each score once."""
+    own = placed.samples
+    sums = torch.empty(placed.partials.numel(), own.count, dtype=torch.float64, device=placed.device)
+    for launch in placed.launches if own.count else ():
+        _norm(placed, launch, sums, own)
+    return sums.sum(0)
+
+
+def _samples_of(placed: DeviceTables) -> tuple[tuple, int]:
+    """Arguments (weights, seed, noise) of the kernels that read gradients, and their SAMPLES."""
+    own = placed.samples
+    if own is None:
+        return (placed.partials, placed.fixed, 0.0), 0
+    noised = own.seed is not None
+    return (own.weights, own.seed if noised else placed.fixed, own.noise), 1 + noised
 
 
 def prologue(
@@ -1378,14 +1566,15 @@ def reduce(
 ) -> Tensor:
     """See reference_step.py. 4 B per float32 element (g), and 4 more for each other tensor that `summand` reads."""
     streams = _streams(kind, coupled, spiked)
+    samples, stacked = _samples_of(placed)
     for launch in placed.launches:
         if launch.batch != batch:
             continue
         param, grad, state = launch.dtypes
-        arithmetic = grad if kind == columns.SQUARES_MAX else param
+        arithmetic = grad if kind == columns.SQUARES_MAX and placed.samples is None else param
         read = [code for code, name in zip((param, state, state), streams) if streams[name]]
         widest = max(BYTES[code] for code in (grad, *read))
-        accesses = _REDUCE_ACCESSES if read else _NORM_ACCESSES
+        accesses = _NORM_ACCESSES if not read and placed.samples is None else _REDUCE_ACCESSES
         launch_kernel(
             reduce_kernel,
             launch.chunks,
@@ -1395,6 +1584,7 @@ def reduce(
             placed.scalars if values is None else values,
             placed.partials if unit_factors is None else unit_factors,
             placed.fixed if unit_factors is None else placed.units().starts,
+            *samples,
             placed.pairs,
             placed.chunks_at,
             launch.first_chunk,
@@ -1407,12 +1597,14 @@ def reduce(
             COUPLED=coupled,
             UNITS=unit_factors is not None,
             **streams,
+            SAMPLES=stacked,
             STRIDED=launch.strided,
             TILE=_THREADS * accesses * (16 // widest),
             TAIL=_TAIL,
             VECTOR=16 // widest,
             num_warps=_WARPS,
             enable_fp_fusion=False,
+            **({"maxnreg": _MOST_CROWDED[0]} if stacked and not torch.version.hip else {}),
         )
     return rows_of_pairs(placed, batch, first, kind == columns.SQUARES_MAX)
 
@@ -1420,6 +1612,7 @@ def reduce(
 def unit_sums(placed: DeviceTables, batch: int) -> Tensor:
     """See reference_step.py. Reads each gradient and each parameter once."""
     units = placed.units()
+    samples, stacked = _samples_of(placed)
     out = torch.empty(units.totals[batch], 2, dtype=torch.float64, device=placed.device)
     for launch in units.launches[batch]:
         param, grad, _ = launch.dtypes
@@ -1432,10 +1625,13 @@ def unit_sums(placed: DeviceTables, batch: int) -> Tensor:
             placed.fresh,
             units.starts,
             units.chunks,
+            *samples,
             out,
             launch.first_chunk,
             P_TYPE=TYPES[param],
             G_TYPE=TYPES[grad],
+            T=TYPES[0 if param == 0 else 1],
+            SAMPLES=stacked,
             STRIDED=any(own.strided for own in same),
             ROWS=_UNIT_ROWS,
             COLS=_THREADS * _UNIT_ELEMENTS // _UNIT_ROWS,
@@ -1461,6 +1657,7 @@ def update_(
 ) -> None:
     """Phase 3, see reference_step.py. 28 B per float32 element, amsgrad 36; 14 where all storage is 16-bit."""
     units, dots = unit_factors is not None, momentum_dots is not None
+    samples, stacked = _samples_of(placed)
     for launch in placed.launches:
         if launch.batch != batch:
             continue
@@ -1477,6 +1674,7 @@ def update_(
             placed.partials if grad_square_sum is None else grad_square_sum,
             placed.partials if unit_factors is None else unit_factors,
             placed.fixed if unit_factors is None else placed.units().starts,
+            *samples,
             placed.partials if momentum_dots is None else momentum_dots,
             placed.chunks_at,
             launch.first_chunk,
@@ -1494,7 +1692,8 @@ def update_(
             UNITS=units,
             DOTS=dots,
             GATHER=grad_square_sum is not None,
+            SAMPLES=stacked,
             STRIDED=launch.strided,
             enable_fp_fusion=False,
-            **_update_shape(launch.dtypes, overshoot, block, units, dots),
+            **_update_shape(launch.dtypes, overshoot, block, units, dots, stacked),
         )
