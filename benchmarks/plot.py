@@ -108,6 +108,7 @@ README_PEERS = {  # column -> the names it may have in a result, in order of pre
     "DeepSpeedCPUAdam": ("DeepSpeedCPUAdam",),
     "torch eager": ("torch eager",),
     "torch.compile": ("torch.compile",),
+    "scores contracted by einsum, then our step": ("einsum, then our step",),
 }
 
 
