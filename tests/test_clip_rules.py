@@ -355,6 +355,9 @@ class NoHost(types.ModuleType):
     def reduce(self, tables, values, batch, first, kind, *options):
         return torch.rand(len(tables[batch]), 2, dtype=torch.float64)
 
+    def sample_square_sums(self, tables):
+        return torch.rand(3, dtype=torch.float64)
+
     def unit_sums(self, tables, batch):
         rows = sum(p.shape[0] if p.dim() > 1 else 1 for p in tables[batch])
         return torch.rand(rows, 2, dtype=torch.float64)
@@ -379,6 +382,19 @@ def test_step_never_reads_the_device(name, monkeypatch):
     assert not bool(backend.updated.isnan().any())
     with pytest.raises(AssertionError, match="host wait"), NoSync():
         float(backend.updated[0, 0])
+
+
+@pytest.mark.parametrize("name", ("AGC", "AutoClip", None))
+def test_step_from_scores_never_reads_the_device(name, monkeypatch):
+    monkeypatch.setattr(backends, "choose_step", lambda *_: NoHost("no_host"))
+    p = torch.zeros(4, 5).requires_grad_()
+    made = fca.FusedClipAdamW([p], **(EVERY[name] if name else {}))
+    scores, logp, generator = torch.rand(3, 4, 5), torch.zeros(3), torch.Generator().manual_seed(0)
+    noise = dict(max_sample_norm=1.0, noise_multiplier=1.0, noise_generator=generator)
+    with NoSync():
+        for _ in range(2):
+            made.step_from_scores([scores], logp, logp, torch.ones(3), mask=logp == 0, **noise)
+            made.step_from_gradients([scores], torch.rand(3), **noise)
 
 
 # ---------------------------------------------------------------- state, scaling, groups

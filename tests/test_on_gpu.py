@@ -104,6 +104,65 @@ def test_rules_never_wait_for_the_device_and_replay_in_a_graph(backend, name):
     assert bitwise_equal(train(True), train(False))
 
 
+POLICY_RULES = {
+    "plain": {},
+    "align, brake, clip": dict(overshoot=("align", fca.MomentumBrake()), grad_clip=1.0),
+    "AGC": DEVICE_RULES["AGC"],
+    "Stable-SPAM": DEVICE_RULES["Stable-SPAM"],
+}
+
+
+@pytest.mark.parametrize("bound", (None, 0.1))
+@pytest.mark.parametrize("name", POLICY_RULES)
+def test_policy_step_never_waits_for_the_device_and_replays_in_a_graph(backend, name, bound):
+    """From log-probabilities and scores that lie where they were: replayed to the bit of eager steps."""
+
+    def train(captured: bool):
+        opt, params = make(backend, capturable=True, **POLICY_RULES[name])
+        B, generator = 6, torch.Generator("cuda").manual_seed(1)
+        scores = [torch.empty(B, *p.shape, device="cuda") for p in params]
+        logp, old_logp, advantages = (torch.empty(B, device="cuda") for _ in range(3))
+        mask = torch.ones(B, device="cuda", dtype=torch.bool)
+        graph = torch.cuda.CUDAGraph()
+        for i in range(8):
+            for own in (*scores, logp, old_logp, advantages):
+                own.copy_(torch.randn(own.shape, device="cuda", generator=generator))
+            mask.fill_(i != 5)  # a step with no sample left changes nothing
+            if captured and i == 3:
+                torch.cuda.synchronize()
+                with torch.cuda.graph(graph):
+                    opt.step_from_scores(scores, logp, old_logp, advantages, mask=mask, max_sample_norm=bound)
+            if captured and i >= 3:
+                graph.replay()
+                continue
+            torch.cuda.set_sync_debug_mode("error" if i else "default")
+            try:
+                opt.step_from_scores(scores, logp, old_logp, advantages, mask=mask, max_sample_norm=bound)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        assert int(opt.step_count_skipped) == 1
+        return results(opt, params)
+
+    assert bitwise_equal(train(True), train(False))
+
+
+def test_noise_needs_no_wait_either(backend):
+    def run(seed: int):
+        opt, params = make(backend)
+        generator = torch.Generator("cuda").manual_seed(seed)
+        gradients = [torch.ones(3, *p.shape, device="cuda") for p in params]
+        options = dict(max_sample_norm=1.0, noise_multiplier=0.5, noise_generator=generator)
+        for i in range(2):
+            torch.cuda.set_sync_debug_mode("error" if i else "default")
+            try:
+                opt.step_from_gradients(gradients, **options)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        return results(opt, params)
+
+    assert bitwise_equal(run(1), run(1)) and not bitwise_equal(run(1), run(2))
+
+
 def test_growing_history_is_not_captured(backend):
     opt, _ = make(backend, capturable=True, grad_clip=fca.AutoClip())
     opt.step()
