@@ -7,7 +7,7 @@ completion, or one of a group whose rewards are all equal, costs no memory traff
 
 The task is the demo's (grpo_task.py): nothing is downloaded, a program checks the answers, and a warm start imitates a
 teacher that slips on 4 digits in 10. Several epochs over each rollout, so that the ratios move. About a minute on
-two CPU cores.
+one CPU core.
 """
 
 import argparse
@@ -43,11 +43,12 @@ def parse_options(arguments=None):
     parser.add_argument("--overshoot", choices=OVERSHOOT_RULES, default="none", help="momentum rule; none is AdamW")
     parser.add_argument("--score-dtype", choices=DTYPES, default="float32", help="of the stored scores")
     parser.add_argument("--backend", default="auto", help="of the optimizer: cpu, reference or auto (default)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; more hardly help so small a model")
     parser.add_argument("--quick", action="store_true", help="a smoke run: few steps, little learning")
     parser.add_argument("--output", type=Path, default=Path("demo_out"), help="folder for gspo_sequences.png and .json")
     options = parser.parse_args(arguments)
-    if options.rollouts < 1 or options.warm_steps < 1:
-        parser.error("--rollouts and --warm-steps must be at least 1")
+    if min(options.rollouts, options.warm_steps, options.threads) < 1:
+        parser.error("--rollouts, --warm-steps and --threads must be at least 1")
     if options.quick:
         options.rollouts, options.warm_steps = min(options.rollouts, 4), min(options.warm_steps, 150)
     return options
@@ -181,7 +182,7 @@ def print_table(rollouts, steps, held_out, options):
 
 
 def draw(rollouts, steps, options):
-    """Reward and share of clipped completions over steps: thin = every step, thick = mean of a rollout."""
+    """Reward and share of clipped tokens over steps: thin = every step, thick = mean of a rollout."""
     import checks
     import torch
 
@@ -196,7 +197,7 @@ def draw(rollouts, steps, options):
     right.plot(clipped, color=checks.RED, linewidth=0.7, alpha=0.35)
     means = clipped.view(-1, STEPS_PER_ROLLOUT).mean(1)
     right.plot([end - STEPS_PER_ROLLOUT / 2 for end in ends], means, color=checks.RED, linewidth=2)
-    right.set(title="Clipped completions, which the step does not read", xlabel="optimizer step", ylim=(0, 1.02))
+    right.set(title="Tokens of clipped completions, which are not read", xlabel="optimizer step", ylim=(0, 1.02))
     right.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     for axis in (left, right):
         axis.set_xlim(0, len(steps))
@@ -215,8 +216,10 @@ def main(arguments=None):
     print("loading torch and transformers ...", flush=True)
 
     # Here and not at the top: --help answers at once.
+    import torch
     from transformers import logging, set_seed
 
+    torch.set_num_threads(options.threads)
     logging.set_verbosity_error()
     set_seed(options.seed)
     options.output.mkdir(parents=True, exist_ok=True)
@@ -224,7 +227,7 @@ def main(arguments=None):
     print_table(rollouts, steps, held_out, options)
     seconds = time.perf_counter() - started
     record = {
-        "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
+        "options": {name: value for name, value in vars(options).items() if not isinstance(value, Path)},
         "held_out": {"start": held_out[0], "end": held_out[1]},
         "seconds": seconds,
         "rollouts": rollouts,

@@ -283,10 +283,10 @@ def draw(runs, options):
         curves = [run["curve"] for run in runs if run["env"] == name]
         steps = np.array([step for step, _ in curves[0]])
         returns = np.array([[np.nan if value is None else value for _, value in curve] for curve in curves])
-        for i, own in enumerate(returns):
+        for i, own in enumerate(returns if len(curves) > 1 else ()):
             axis.plot(steps, own, color=checks.BLUE, linewidth=0.8, alpha=0.45, label="one seed" if i == 0 else None)
         # Where some seed has no episode yet there is no mean of all.
-        label = f"mean of {len(curves)}" if len(curves) > 1 else None
+        label = f"mean of {len(curves)}" if len(curves) > 1 else "one seed"
         axis.plot(steps, returns.mean(0), color=checks.BLUE, linewidth=2.2, label=label)
         axis.axhline(TASKS[name].goal, color=checks.GREY, linewidth=1, linestyle="--", label=f"{TASKS[name].goal:g}")
         axis.set(title=name, xlabel="environment steps", xlim=(0, steps[-1]))
@@ -305,7 +305,7 @@ def main(arguments=None):
     runs = train_all(options)
     seconds = time.perf_counter() - started
     print_table(runs)
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    settings = {name: value for name, value in vars(options).items() if not isinstance(value, Path)}
     record = {"options": settings, "seconds": seconds, "runs": runs}
     (options.output / "ppo_control.json").write_text(json.dumps(record) + "\n")
     draw(runs, options)
