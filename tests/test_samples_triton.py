@@ -19,6 +19,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton
 import triton.language as tl
+from triton.runtime import interpreter
 
 import fused_clip_adam as fca
 from fused_clip_adam.backends import device_table, native, triton_step
@@ -45,6 +46,16 @@ CASES = {
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
     monkeypatch.setattr(device_table, "_CHUNK_SMALL", CHUNK)
+
+
+@pytest.fixture(autouse=True)
+def _alignment_is_as_promised(monkeypatch):
+    """The interpreter takes no notice of `tl.multiple_of`: here it is checked."""
+
+    def check(handle, name, values):
+        assert name != "tt.divisibility" or not (handle.data % values[0]).any()
+
+    monkeypatch.setattr(interpreter.TensorHandle, "set_attr", check)
 
 
 def normal(shape, seed: int, dtype: torch.dtype = F32) -> torch.Tensor:
