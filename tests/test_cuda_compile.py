@@ -127,7 +127,7 @@ def sass(architecture: str, source: str) -> dict[str, str]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_kernel_spills_or_uses_local_memory(architecture):
     facts = compiled()[1][architecture]
-    assert len(facts) == 4 + 1 + 9 + 117 + 16 + 9  # norm, prologue, reduce, step, logits, objective
+    assert len(facts) == 8 + 1 + 21 + 129 + 16 + 9  # norm, prologue, reduce, step, logits, objective
     bad = {name: row for name, row in facts.items() if row["stack"] or row["spill_stores"] or row["spill_loads"]}
     assert not bad
 
@@ -136,7 +136,7 @@ def test_no_kernel_spills_or_uses_local_memory(architecture):
 def test_registers_leave_blocks_enough_on_a_multiprocessor(architecture):
     for name, row in compiled()[1][architecture].items():
         if name.startswith("update"):
-            few = architecture == "sm_80" or "ALIGN_BLOCK, true" in name or "guarded" in name
+            few = architecture == "sm_80" or any(own in name for own in ("ALIGN_BLOCK, true", "guarded", "samples"))
             few = few or (architecture == "sm_100" and "ALIGN_BLOCK" in name)
             blocks = 2 if "<double" in name or few else 3
             if name.startswith("update_runs_guarded_kernel<float") and architecture == "sm_90":
@@ -177,12 +177,28 @@ def test_aligned_tensors_move_16_bytes_at_a_time(architecture):
         seen += 1
     assert seen == 60 + 5  # of one rule, guarded
     for name, code in [*sass(architecture, "norm").items(), *sass(architecture, "reduce").items()]:
-        assert "LDG.E.128" in code or "singles" in name or "unit_sums" in name, name
+        sampled_halves = "true, 4>" in name and "LDG.E.64" in code  # four elements of 16 bits
+        assert "LDG.E.128" in code or "singles" in name or "unit_sums" in name or sampled_halves, name
     logits = sass(architecture, "logits")
     assert len(logits) == 16
     for name, code in logits.items():
         assert code.count("LDG.E.128.STRONG") >= 4, name  # four words of a thread
         assert code.count("STG.E.128") >= (4 if "backward" in name else 0), name
+
+
+@pytest.mark.skipif(find_cuobjdump() is None, reason="no cuobjdump (Triton brings one)")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_samples_are_in_flight_together(architecture):
+    # 64 bytes of a thread: each load only where the sample has a weight, and no arithmetic between them.
+    kernels = {name: code for name, code in sass(architecture, "step").items() if name.startswith("update_samples")}
+    assert len(kernels) == 8
+    for name, code in kernels.items():
+        wide = re.search(r"<(.*)>", name).group(1).split(", ")[1] == "float"
+        ops = "".join(
+            "L" if op else "." for op in re.findall(rf"(@!?P\d LDG\.E\.{128 if wide else 64}\b)|FMUL|FADD|FFMA", code)
+        )
+        assert ("LLLL" if wide else "LLLLLLLL") in ops, name
+        assert not re.search(r"\b(LDL|STL)\b", code), name
 
 
 @pytest.mark.skipif(find_cuobjdump() is None, reason="no cuobjdump (Triton brings one)")
