@@ -346,8 +346,8 @@ class _FusedClip:
                 self._place(part, own_tables)
             if samples is not None:
                 seed = samples.drawn_seed()
-                for part in parts:
-                    part.samples.seed = None if seed is None else moved(seed, part.device)
+                for at, part in enumerate(parts):  # the noise of two devices is not the same
+                    part.samples.seed = None if seed is None else moved(seed + at, part.device)
                 if samples.max_sample_norm is not None:
                     _bound_samples(parts, samples.max_sample_norm)
 
