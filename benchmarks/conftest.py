@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 
@@ -57,6 +58,19 @@ def publish(request, quick):
             write_result(name, result)
 
     return accept
+
+
+@pytest.fixture(scope="module")
+def measure_once(request, quick, progress, publish):
+    """Name of one of the module's `CASES` -> what its `measure` gives: result and seconds, when first asked for."""
+
+    @functools.cache
+    def run(name: str) -> tuple[dict, dict[str, list[float]]]:
+        result, seconds = request.module.measure(request.module.CASES[name], quick, progress)
+        publish(name, result)
+        return result, seconds
+
+    return run
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -129,19 +128,6 @@ def measure(case: Case, quick: bool, progress: Callable[[str], None]) -> tuple[d
         else [Target(name, "speed_of_baseline", WITHIN, speed).to_dict() for name, speed in speeds.items()],
     }
     return result, measured.seconds
-
-
-@pytest.fixture(scope="session")
-def measure_once(quick, progress, publish):
-    """Case name -> its result and seconds, measured when first asked for."""
-
-    @functools.cache
-    def run(name: str) -> tuple[dict, dict[str, list[float]]]:
-        result, seconds = measure(CASES[name], quick, progress)
-        publish(name, result)
-        return result, seconds
-
-    return run
 
 
 @pytest.mark.parametrize(

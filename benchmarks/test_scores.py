@@ -190,19 +190,6 @@ def largest_resident_set() -> int:
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status).group(1))
 
 
-@pytest.fixture(scope="session")
-def measure_once(quick, progress, publish):
-    """Case name -> its result and seconds, measured when first asked for."""
-
-    @functools.cache
-    def run(name: str) -> tuple[dict, dict[str, list[float]]]:
-        result, seconds = measure(CASES[name], quick, progress)
-        publish(name, result)
-        return result, seconds
-
-    return run
-
-
 @pytest.mark.parametrize(
     ("name", "candidate"),
     [

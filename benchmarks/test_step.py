@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -216,19 +215,6 @@ def _targets(case: Case, rows: dict[str, dict]) -> list[Target]:
 def _median(rows: dict[str, dict], candidate: str, what: str) -> float | None:
     spread = rows.get(candidate, {}).get(what)
     return None if spread is None else spread["p50"]
-
-
-@pytest.fixture(scope="session")
-def measure_once(quick, progress, publish):
-    """Case name -> its result and seconds, measured when first asked for."""
-
-    @functools.cache
-    def run(name: str) -> tuple[dict, dict[str, list[float]]]:
-        result, seconds = measure(CASES[name], quick, progress)
-        publish(name, result)
-        return result, seconds
-
-    return run
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ class Part:
         self.held.append(tensor)
         return tensor
 
-    def find_maxima(self) -> None:
+    def sum_by_tensor(self) -> None:
         """Phase 1 where a rule needs the largest |g| of every tensor, or the gradient is made of samples: it comes with
         the sums of squares.
         """

@@ -22,7 +22,7 @@ from fused_clip_adam import backends
 from fused_clip_adam.backends.scalars import GROUP_SIGNALS
 from fused_clip_adam.batches import Batch, attach_states, collect
 from fused_clip_adam.group_step import GroupStep, Layout, Part, StepFacts, layout, moved
-from fused_clip_adam.objectives.losses import check_tensor, policy_loss
+from fused_clip_adam.objectives.losses import check_logp, check_tensor, policy_loss
 from fused_clip_adam.objectives.objective import Objective
 from fused_clip_adam.objectives.ppo import PPO
 from fused_clip_adam.objectives.stats import ClipStats
@@ -245,9 +245,7 @@ class _FusedClip:
             raise TypeError(f"unexpected argument(s) {sorted(unknown)}; accepted: policy_loss's but backend")
         call.update(options)
         call["backend"] = self.backend
-        check_tensor("logp", logp)
-        if logp.dim() not in (1, 2):
-            raise ValueError(f"logp must be [B, T] or packed [N], got shape {list(logp.shape)}")
+        check_logp(logp)
         params = self._all_params()
         given = in_order("scores", scores, params)
         one_a_sequence = any(own is not None and own.dim() == p.dim() + 1 for p, own in zip(params, given))
@@ -356,7 +354,7 @@ class _FusedClip:
             if needs_norm:
                 for part in parts:
                     if needs_max or samples is not None:
-                        part.find_maxima()
+                        part.sum_by_tensor()
                     else:
                         part.square_sums = part.backend.grad_square_sums(part.placed)
                 square_sums = _everywhere([part.square_sums for part in parts])

@@ -353,7 +353,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(SP) == 4 ? kGuardedBlocks : 2
   finish_guarded(work, sums, scalars.unscale, shared);
 }
 
-// The policy step: gradients are summed up from samples as they are read. B s + 28 bytes per float32 element, s of a
+// The policy step: gradients are summed up from samples as they are read. B s + 24 bytes per float32 element, s of a
 // score; 2 operations a score beside the update's.
 template <typename SP, typename SG, typename SS>
 __global__ void __launch_bounds__(kThreads, 2) update_samples_kernel(Work work) {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_clip_adam.backends import native, scalars
-from fused_clip_adam.backends.device_table import DeviceTables, by_tensor, new_dots, place, rows_of_pairs
+from fused_clip_adam.backends.device_table import DeviceTables, Launch, by_tensor, new_dots, place, rows_of_pairs
 
 __all__ = [
     "ON_DEVICE",
@@ -60,16 +60,16 @@ def devices() -> tuple[str, ...]:
     return () if _reason else (("cpu",) if "emulated" in torch.ops.fused_clip_adam.cuda_build(True) else ("cuda",))
 
 
+def _chunks_of(placed: DeviceTables, launch: Launch) -> tuple:
+    """What every kernel over chunks is told first: the tables, and which chunks are its own."""
+    return placed.fixed, placed.fresh, placed.chunks_at, launch.first_chunk, launch.chunks, launch.chunk_size
+
+
 def grad_square_sums(placed: DeviceTables) -> Tensor:
     """Phase 1: float64 [chunks], one launch a batch. See reference_step.py."""
     for launch in placed.launches:
         _norm(
-            placed.fixed,
-            placed.fresh,
-            placed.chunks_at,
-            launch.first_chunk,
-            launch.chunks,
-            launch.chunk_size,
+            *_chunks_of(placed, launch),
             launch.dtypes[1],
             placed.partials,
         )
@@ -94,12 +94,7 @@ def sample_square_sums(placed: DeviceTables) -> Tensor:
     sums = torch.zeros(placed.partials.numel(), own.count, dtype=torch.float64, device=placed.device)
     for launch in placed.launches:
         _sample_squares(
-            placed.fixed,
-            placed.fresh,
-            placed.chunks_at,
-            launch.first_chunk,
-            launch.chunks,
-            launch.chunk_size,
+            *_chunks_of(placed, launch),
             launch.dtypes[1],
             own.weights,
             sums,
@@ -121,12 +116,7 @@ def reduce(
     for launch in placed.launches:
         if launch.batch == batch:
             _reduce(
-                placed.fixed,
-                placed.fresh,
-                placed.chunks_at,
-                launch.first_chunk,
-                launch.chunks,
-                launch.chunk_size,
+                *_chunks_of(placed, launch),
                 *launch.dtypes,
                 values,
                 kind,
@@ -177,12 +167,7 @@ def update_(
     for launch in placed.launches:
         if launch.batch == batch:
             _update(
-                placed.fixed,
-                placed.fresh,
-                placed.chunks_at,
-                launch.first_chunk,
-                launch.chunks,
-                launch.chunk_size,
+                *_chunks_of(placed, launch),
                 *launch.dtypes,
                 values,
                 coupled,

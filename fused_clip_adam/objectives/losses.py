@@ -219,9 +219,7 @@ def prepare(
     """
     objective, kl_coef, kl_estimator = options["objective"], options["kl_coef"], options["kl_estimator"]
     aggregation, normalizer = options["aggregation"], options["normalizer"]
-    check_tensor("logp", logp)
-    if logp.dim() not in (1, 2):
-        raise ValueError(f"logp must be [B, T] or packed [N], got shape {list(logp.shape)}")
+    check_logp(logp)
     if not isinstance(objective, Objective):
         raise TypeError(f"objective must be an Objective such as PPO(), got {objective!r}")
     aggregation = objective.default_aggregation if aggregation is None else aggregation
@@ -334,6 +332,12 @@ def check_tensor(name: str, tensor: Any, logp: Tensor | None = None, like: str =
         raise ValueError(f"{name} is on the meta device and holds no data")
     if logp is not None and tensor.device != logp.device:
         raise ValueError(f"{name} is on {tensor.device} but {like} on {logp.device}")
+
+
+def check_logp(logp: Any) -> None:
+    check_tensor("logp", logp)
+    if logp.dim() not in (1, 2):
+        raise ValueError(f"logp must be [B, T] or packed [N], got shape {list(logp.shape)}")
 
 
 def check_mask(mask: Any, logp: Tensor) -> None:
