@@ -10,16 +10,22 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fused_clip_adam.distributed import Spread, is_spread, local, local_gradient, spread_of
+
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclasses.dataclass
 class Batch:
-    """Tensors of one parameter group that share device and dtypes. Lists are parallel; the last two may be empty."""
+    """Tensors of one parameter group that share device, dtypes and placement. Lists are parallel; `max_exp_avg_sqs` and
+    `bias_weights` may be empty.
+    """
 
     group: int
     device: torch.device
+    spread: Spread | None = None  # how DTensors lie over ranks; the tensors below are this rank's parts
     positions: list[int] = dataclasses.field(default_factory=list)  # of the parameters in their group
+    owners: list[Tensor] = dataclasses.field(default_factory=list)  # the parameters as the optimizer knows them
     params: list[Tensor] = dataclasses.field(default_factory=list)
     grads: list[Tensor] = dataclasses.field(default_factory=list)
     exp_avgs: list[Tensor] = dataclasses.field(default_factory=list)
@@ -56,20 +62,27 @@ def collect(param_groups: list[dict[str, Any]], stacks: dict[Tensor, Tensor] | N
     for index, group in enumerate(param_groups):
         last: tuple = ()
         batch = None
-        for position, p in enumerate(group["params"]):
-            grad = p.grad if stacks is None else stacks.get(p)
+        for position, owner in enumerate(group["params"]):
+            grad = owner.grad if stacks is None else stacks.get(owner)
             if grad is None:
                 continue
+            p, where = owner, None
+            if is_spread(owner):
+                name, where = f'param_groups[{index}]["params"][{position}]', (owner.device_mesh, owner.placements)
+                p, grad = local(owner), local_gradient(name, owner, grad)
             # Everything a kind of tensor can be refused for is in `kind`, so it is checked once a kind, and a model of
             # one kind pays one comparison a parameter.
-            kind = (type(p), p.dtype, grad.dtype, p.device, grad.device, grad.layout)
+            kind = (type(p), p.dtype, grad.dtype, p.device, grad.device, grad.layout, where)
             if kind != last:
                 batch = batches.get((index, *kind))
                 last = kind
                 if batch is None:
-                    _check_kind(f'param_groups[{index}]["params"][{position}]', p, grad, stacks is not None)
-                    batch = batches[(index, *kind)] = Batch(group=index, device=p.device)
+                    name = f'param_groups[{index}]["params"][{position}]'
+                    _check_kind(name, p, grad, stacks is not None)
+                    spread = None if where is None else spread_of(name, owner)
+                    batch = batches[(index, *kind)] = Batch(group=index, device=p.device, spread=spread)
             batch.positions.append(position)
+            batch.owners.append(owner)
             batch.params.append(p)
             batch.grads.append(grad)
     return list(batches.values())
@@ -91,10 +104,10 @@ def attach_states(
             parameter has them from before: 1 - beta^step would no longer be its true weight.
         on_device: the kernels advance `step` themselves; one that a checkpoint left on the host is moved.
     """
-    states = [state.get(p) for p in batch.params]
+    states = [state.get(p) for p in batch.owners]
     for i, own in enumerate(states):
         if not own:
-            p = batch.params[i]
+            p = batch.owners[i]
             states[i] = state[p] = new_state(p)
             added.append((state, p))
         elif amsgrad and "max_exp_avg_sq" not in own:
@@ -103,11 +116,11 @@ def attach_states(
         own = states[i]
         if on_device and own["step"].device != batch.device:
             own["step"] = own["step"].to(batch.device)
-    batch.exp_avgs = [own["exp_avg"] for own in states]
-    batch.exp_avg_sqs = [own["exp_avg_sq"] for own in states]
+    batch.exp_avgs = [local(own["exp_avg"]) for own in states]
+    batch.exp_avg_sqs = [local(own["exp_avg_sq"]) for own in states]
     batch.steps = [own["step"] for own in states]
     if amsgrad:
-        batch.max_exp_avg_sqs = [own["max_exp_avg_sq"] for own in states]
+        batch.max_exp_avg_sqs = [local(own["max_exp_avg_sq"]) for own in states]
     if weigh or any("bias_weights" in own for own in states):
         # The optimizer fills in the missing ones: it knows the betas.
         batch.bias_weights = [own.get("bias_weights") for own in states]
@@ -115,7 +128,7 @@ def attach_states(
 
 def _check_kind(name: str, p: Tensor, grad: Tensor, stacked: bool) -> None:
     if is_traceable_wrapper_subclass(p):
-        raise TypeError(f"{name} is a {type(p).__name__}; this version updates plain tensors only (use .to_local())")
+        raise TypeError(f"{name} is a {type(p).__name__}; accepted: plain tensors and DTensors")
     if p.device.type == "meta" or grad.device.type == "meta":
         raise ValueError(f"{name} is on the meta device and holds no data; materialise it before step()")
     if grad.layout is not torch.strided:

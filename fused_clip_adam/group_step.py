@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fused_clip_adam.backends import scalars
 from fused_clip_adam.batches import Batch
+from fused_clip_adam.distributed import Ranks, Spread
 
 
 @dataclasses.dataclass
@@ -32,7 +33,8 @@ class Part:
     spiked: list[bool] = dataclasses.field(default_factory=list)  # of each batch: a rule brings spikes down
     grad_square_sum: Any = None
     steps_skipped: Any = None
-    gathered: Any = None  # what the update pass adds its gradients' squares to
+    gathered: dict[Spread | None, Tensor] = dataclasses.field(default_factory=dict)
+    """What the update pass adds its gradients' squares to, by how tensors lie over ranks."""
     placed: Any = None
     square_sums: Any = None  # of phase 1: its own, as the backend gives them
     summed_by_tensor: bool = False  # `square_sums` are one number a tensor on every backend
@@ -73,6 +75,17 @@ class Part:
         self.square_sums, self.maxima = both[:, 0].contiguous(), both[:, 1]
         self.summed_by_tensor = True
 
+    def sum_by_spread(self) -> list[tuple[Spread | None, Tensor]]:
+        """The sums of squares of phase 1, added up: float64 0-d for each way in which tensors lie over ranks."""
+        spreads = [batch.spread for batch in self.batches]
+        if not spreads:
+            return []
+        if all(spread == spreads[0] for spread in spreads):
+            return [(spreads[0], self.square_sums.sum())]
+        own = self.square_sums if self.summed_by_tensor else self.backend.by_tensor(self.placed, self.square_sums)
+        firsts = [*self.firsts, self.rows]
+        return [(spread, own[firsts[at] : firsts[at + 1]].sum()) for at, spread in enumerate(spreads)]
+
     def reduce(self, kind: int, at: int, effective: bool = False) -> Tensor:
         """float64 [rows of the batch, 2], see `reduce` of backends/reference_step.py."""
         as_seen = (self.coupled[at], self.spiked[at], self.unit_factors.get(at))
@@ -85,6 +98,9 @@ class StepFacts:
     """What all groups share."""
 
     parts: list[Part]
+    ranks: Ranks | None = None  # None: all there is, is here
+    live: Tensor | None = None  # bool: the step is not skipped, as the prologue says
+    would_live: Tensor | None = None  # the same, said before it
     norm: Tensor | None = None  # float64 0-d, unscaled, over all gradients; None where no rule needs it
     usable: Tensor | None = None  # bool: the norm is finite, not zero, and found_inf does not skip the step
     unscale: Tensor | float = 1.0  # |1 / grad_scale|
@@ -103,7 +119,7 @@ class Layout:
 
 def layout(batch: Batch, kept: Layout | None) -> Layout:
     """`kept`, if it is this batch's, else a new one."""
-    key = (batch.positions, [max(p.numel(), 1) for p in batch.params])
+    key = (batch.positions, [max(p.numel(), 1) for p in batch.owners])
     if kept is not None and kept.key == key and kept.numels.device == batch.device:
         return kept
     positions, numels = (torch.tensor(own, dtype=torch.int64, device="cpu") for own in key)
@@ -152,26 +168,26 @@ class GroupStep:
     @property
     def live(self) -> Tensor:
         """bool 0-d: the step is not skipped."""
-        return self.facts.parts[0].scalars[0, 0] == 0
+        return self.facts.live
 
     @property
     def numels(self) -> Tensor:
-        """Elements of each tensor, at least 1: [n]."""
+        """Elements of each tensor, on all ranks, at least 1: [n]."""
         return self._gathered([self._layout_of(part, at).numels for part, at, _ in self._own()])
 
     # ------------------------------------------------------------ sums over tensors
 
     def norms(self) -> Tensor:
         """The norm of each tensor's gradient, unscaled: [n]."""
-        return self._gathered([own.sqrt() for own in self._rows_of("square_sums", by_tensor=True)]) * self.unscale
+        return self._of_all_ranks(self._rows_of("square_sums", by_tensor=True)).sqrt() * self.unscale
 
     def largest(self) -> Tensor:
         """The largest |g| of each tensor, unscaled: [n]."""
-        return self._gathered(self._rows_of("maxima")) * self.unscale
+        return self._of_all_ranks(self._rows_of("maxima"), largest=True) * self.unscale
 
     def dots(self) -> Tensor:
         """The sum of m g of each tensor, as the update has found it: [n]."""
-        return self._gathered(self._rows_of("dots", by_tensor=True))
+        return self._of_all_ranks(self._rows_of("dots", by_tensor=True))
 
     def sums(self, kind: int, effective: bool = False) -> Tensor:
         """A reduction over each tensor, from the scalars as they are now: [n, 2].
@@ -180,23 +196,29 @@ class GroupStep:
             kind: see backends/scalars.py. effective: of the gradient as the update will see it, with its L2 term, if
                 the group has one, the factors of its output rows and without its spikes.
         """
-        return self._gathered([part.reduce(kind, at, effective) for part, at, _ in self._own()])
+        return self._of_all_ranks([part.reduce(kind, at, effective) for part, at, _ in self._own()], tail=(2,))
 
     def total(self, kind: int) -> Tensor:
         """The first sum of a reduction, over all gradients of the optimizer: 0-d."""
         if kind not in self.facts.totals:
             own = [
-                part.reduce(kind, at, effective=True)[:, 0].sum()
+                (batch.spread, part.reduce(kind, at, effective=True)[:, 0].sum())
                 for part in self.facts.parts
-                for at in range(len(part.batches))
+                for at, batch in enumerate(part.batches)
             ]
-            self.facts.totals[kind] = torch.stack([x.to(self.device) for x in own]).sum()
+            if self.facts.ranks is None:
+                self.facts.totals[kind] = torch.stack([x.to(self.device) for _, x in own]).sum()
+            else:
+                self.facts.totals[kind] = self.facts.ranks.total(own, self.device)
         return self.facts.totals[kind]
 
     def scale_rows(self, factors: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Scales the gradient of every output row by `factors(gradient norms, parameter norms)`, float64 [rows]."""
-        for part, at, _ in self._own():
-            sums = part.backend.unit_sums(part.placed, at).sqrt()
+        for part, at, batch in self._own():
+            sums = part.backend.unit_sums(part.placed, at)
+            if self.facts.ranks is not None:
+                sums = self.facts.ranks.by_row(batch, sums)
+            sums = sums.sqrt()
             part.unit_factors[at] = factors(sums[:, 0] * self.unscale, sums[:, 1])
 
     # ------------------------------------------------------------ scalars of tensors
@@ -242,11 +264,20 @@ class GroupStep:
             out.append(values[part.firsts[at] : part.firsts[at] + len(batch.params)])
         return out
 
-    def _gathered(self, of_batches: list[Tensor]) -> Tensor:
+    def _of_all_ranks(self, of_batches: list[Tensor], largest: bool = False, tail: tuple[int, ...] = ()) -> Tensor:
+        """Sums, or the greatest, over the parts that ranks have of each tensor: [n, *tail]."""
+        own = self._gathered(of_batches, tail)
+        if self.facts.ranks is None:
+            return own
+        present = {position for _, _, batch in self._own() for position in batch.positions}
+        missing = [] if len(present) == self.tensors else sorted(set(range(self.tensors)) - present)
+        return self.facts.ranks.by_tensor(self.index, own, missing, largest)
+
+    def _gathered(self, of_batches: list[Tensor], tail: tuple[int, ...] = ()) -> Tensor:
         whole = len(of_batches) == 1 and of_batches[0].shape[0] == self.tensors
         if whole and all(self._layout_of(part, at).positions is None for part, at, _ in self._own()):
             return of_batches[0]
-        out = torch.full((self.tensors, *of_batches[0].shape[1:]), math.nan, dtype=torch.float64, device=self.device)
+        out = torch.full((self.tensors, *tail), math.nan, dtype=torch.float64, device=self.device)
         for (part, at, _), own in zip(self._own(), of_batches):
             positions = self._layout_of(part, at).positions
             if positions is None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fused_clip_adam.backends import reference_objective as rules
+from fused_clip_adam.distributed import local
 from fused_clip_adam.objectives.cispo import CISPO
 from fused_clip_adam.objectives.dcpo import DCPO
 from fused_clip_adam.objectives.flow import GRPOGuard
@@ -73,7 +74,8 @@ class OvershootMonitor:
 
     Hooks itself into `opt.step()`; `close()`, or leaving a `with` block, takes it out again. While it records, nothing
     is read by the host and no gradient, parameter or state is changed. A row is written every `every` steps and covers
-    the steps since the row before; only its kept momentum is of its own step.
+    the steps since the row before; only its kept momentum is of its own step. Of DTensors it measures what this rank
+    has.
 
     A row, as `rows()` gives it (None: not measured, or a quotient with nothing below the line):
 
@@ -164,7 +166,7 @@ class OvershootMonitor:
         self._ring = torch.full((history, len(COLUMNS)), math.nan, **options)
         self._kept = torch.full((history, len(self.names), 2), math.nan, device=self.device)
         self._coast = torch.full((history, len(self._watched), len(COAST_COLUMNS)), math.nan, **options)
-        self._memory = [_Memory.of(self._params[i][0]) for i in self._watched]
+        self._memory = [_Memory.of(local(self._params[i][0])) for i in self._watched]
         self._start_row()
         self._before: dict[int, tuple[Tensor, Tensor]] = {}  # of watched tensors: parameter and step before a step
         self._new_kept: tuple[Tensor, Tensor] | None = None
@@ -285,7 +287,8 @@ class OvershootMonitor:
             if p.grad is not None or closure is not None:
                 step = self.opt.state.get(p, {}).get("step")
                 step = torch.zeros((), device=p.device) if step is None else _to(step, p.device)
-                self._before[at] = (p.detach().clone(), step.to(torch.float64, copy=True))  # the step counts in place
+                step = step.to(torch.float64, copy=True)  # the optimizer counts in place
+                self._before[at] = (local(p.detach()).clone(), step)
         skipped = getattr(opt, "step_count_skipped", None)
         self._skipped_before = None if skipped is None else _to(skipped, self.device).double()
 
@@ -342,10 +345,11 @@ class OvershootMonitor:
         each = []
         for p, group in self._params:
             m = self.opt.state.get(p, {}).get("exp_avg")
-            if m is None or p.grad is None or p.numel() == 0:
+            if m is None or p.grad is None or local(p).numel() == 0:
                 each.append(unknown)
             else:
-                sums = kept_sums(m.detach(), p.grad.detach(), self.block, -1.0 if group["maximize"] else 1.0)
+                sign = -1.0 if group["maximize"] else 1.0
+                sums = kept_sums(local(m.detach()), local(p.grad.detach()), self.block, sign)
                 each.append(_to(sums, self.device))
         table = torch.stack(each)
         total = table.nansum(0)
@@ -358,7 +362,7 @@ class OvershootMonitor:
         own = self.opt.state.get(p)
         if p.grad is None or not own or _is_coupled(group):
             return None
-        memory, p, g = self._memory[at], p.detach(), p.grad.detach()
+        memory, p, g = self._memory[at], local(p.detach()), local(p.grad.detach())
         step = _to(own["step"], p.device).double()
         moved = step > step_before
         # Counters that were reset, or loaded, say nothing about the gradients the references are of.
@@ -373,7 +377,7 @@ class OvershootMonitor:
         v_used = own["max_exp_avg_sq"] if group["amsgrad"] else own["exp_avg_sq"]
         k = step - last
         ratio = residual_ratios(
-            k, last, v_used.detach().double(), beta1, beta2, group["eps"], stays=group["amsgrad"], now=step
+            k, last, local(v_used.detach()).double(), beta1, beta2, group["eps"], stays=group["amsgrad"], now=step
         )
 
         def total(values: Tensor) -> Tensor:

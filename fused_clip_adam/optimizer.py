@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fused_clip_adam import backends
 from fused_clip_adam.backends.scalars import GROUP_SIGNALS
 from fused_clip_adam.batches import Batch, attach_states, collect
+from fused_clip_adam.distributed import Ranks, Spread, group_name, is_spread, local
 from fused_clip_adam.group_step import GroupStep, Layout, Part, StepFacts, layout, moved
 from fused_clip_adam.objectives.losses import check_logp, check_tensor, policy_loss
 from fused_clip_adam.objectives.objective import Objective
@@ -52,7 +53,7 @@ _AS_RULE = {"grad_clip": as_grad_clip, "overshoot": as_overshoot, "reset": as_re
 _FORM_KEYS = ("eps_before_correction", "decay_after_update")
 """Group keys that some published methods need; only in groups where they are True."""
 _EXTRA_KEY = "fused_clip_adam"
-"""Where state_dict() keeps what belongs to no parameter: an entry of the first param group, which torch ignores."""
+"""Where state_dict() keeps what belongs to no parameter: an entry of every param group, which torch ignores."""
 
 _EXTRAS_DOC = """
     Keyword Args:
@@ -69,13 +70,18 @@ _EXTRAS_DOC = """
         skip_nonfinite: True makes a step whose gradient norm is not finite change nothing.
         backend: "auto", "cpu" (native kernels), "cuda" (native kernels), "triton" or "reference" (plain torch
             operations, any device). "auto" takes the native kernels of the parameters' device, else Triton on a GPU.
+        shard_group: None, or the ProcessGroup (or DeviceMesh of one dimension) whose ranks hold other parameters of the
+            same model: ZeroRedundancyOptimizer, pipeline stages. Norms over all gradients, `skip_nonfinite` and
+            `found_inf` are then over all of its ranks, each of which must take every step. DTensors need none.
+        data_group: None, or the group whose ranks have seen other data: what they `observe` is added up. None with
+            DTensors: their mesh.
 
     `grad_clip`, `overshoot`, `reset`, the two forms and the numbers may also be set per param group, and changed
     between steps.
 
     State, per parameter: `step`, `exp_avg`, `exp_avg_sq`, with amsgrad `max_exp_avg_sq`, as torch; `bias_weights`
     (float64 [2], the running bias corrections) only under a rule that varies a beta (`MomentumBrake`,
-    `StableSpamClip(total_steps=...)`).
+    `StableSpamClip(total_steps=...)`); and what a rule remembers of a parameter, as of the last `state_dict()`.
 
     Raises:
         ValueError, TypeError: a hyper-parameter or rule out of range, an unknown name, complex parameters.
@@ -113,6 +119,8 @@ class _FusedClip:
         state_dtype: torch.dtype | None = None,
         skip_nonfinite: bool = False,
         backend: str = "auto",
+        shard_group: Any = None,
+        data_group: Any = None,
         eps_before_correction: bool = False,
         decay_after_update: bool = False,
     ) -> None:
@@ -127,6 +135,9 @@ class _FusedClip:
         self.backend = backends.check_name(backend)
         self.state_dtype = state_dtype
         self.skip_nonfinite = skip_nonfinite
+        groups = {"shard_group": shard_group, "data_group": data_group}
+        self._group_names = {name: group_name(name, group) for name, group in groups.items()}
+        self._ranks: Ranks | None = None
         rules = {"grad_clip": grad_clip, "overshoot": overshoot, "reset": reset}
         self._default_rules = {key: _AS_RULE[key](value) for key, value in rules.items() if value is not None}
         self._default_forms = {name: True for name, value in forms.items() if value}
@@ -310,7 +321,13 @@ class _FusedClip:
     def _all_params(self) -> list[Tensor]:
         if self.defaults["differentiable"]:
             raise RuntimeError("differentiable=True goes with step() only: nothing here is seen by autograd")
-        return [p for group in self.param_groups for p in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        if self._group_names["shard_group"] is not None or any(is_spread(p) for p in params):
+            raise TypeError(
+                "samples go with whole parameters only, not with DTensors or shard_group: a rank's loss of a part is "
+                "none; form the gradient and call step()"
+            )
+        return params
 
     def _step_from_samples(self, samples: Samples) -> None:
         with torch.no_grad():
@@ -322,20 +339,21 @@ class _FusedClip:
         for index, group in enumerate(self.param_groups):
             self._check_group(index, group)
         batches = collect(self.param_groups, None if samples is None else samples.stacks)
-        if not batches:
+        ranks = self._ranks_of(batches)
+        if not batches and ranks is None:
             return
         self._check_capture()
-        parts = self._parts(batches)
+        parts = self._parts(batches, ranks)
+        rules = self._acting_rules(parts, ranks)
+        all_rules = [rule for group in self.param_groups for rule in _rules_of(group)]
+        needs_norm = self.skip_nonfinite or any(rule.needs_norm for rule in all_rules)
+        needs_max = any(rule.needs_max for rule in all_rules)
         observed, found_inf = self._observed, getattr(self, "found_inf", None)
         if samples is not None:
             observed = _sum_of(observed, samples.observed)
             found_inf = samples.skip.double() if found_inf is None else found_inf.double() + samples.skip
             for part in parts:
                 part.samples = samples.on(part.device)
-        rules = self._acting_rules(parts)
-        all_rules = [rule for group in self.param_groups for rule in _rules_of(group)]
-        needs_norm = self.skip_nonfinite or any(rule.needs_norm for rule in all_rules)
-        needs_max = any(rule.needs_max for rule in all_rules)
         added: list[tuple[dict, Any]] = []
         try:
             # Everything is checked here; nothing has been changed yet.
@@ -348,17 +366,24 @@ class _FusedClip:
                     part.samples.seed = None if seed is None else moved(seed + at, part.device)
                 if samples.max_sample_norm is not None:
                     _bound_samples(parts, samples.max_sample_norm)
+            if ranks is not None:  # what one rank has seen, all act on
+                if found_inf is not None:
+                    found_inf = ranks.anywhere(_as_tensor(found_inf, parts[0].device))
+                if any(rule.needs_observed for rule in all_rules):
+                    observed = ranks.of_all_data(observed, parts[0].device)
 
             # 1 norm: only where a rule needs this step's norm before the update; otherwise the update gathers it.
             square_sums: list[Tensor | None] = [None] * len(parts)
             if needs_norm:
                 for part in parts:
+                    if not part.batches:
+                        continue
                     if needs_max or samples is not None:
                         part.sum_by_tensor()
                     else:
                         part.square_sums = part.backend.grad_square_sums(part.placed)
-                square_sums = _everywhere([part.square_sums for part in parts])
-            facts = self._facts(parts, square_sums[0], rules, found_inf, observed)
+                square_sums = _everywhere(parts, ranks, [part.square_sums for part in parts], Part.sum_by_spread)
+            facts = self._facts(parts, ranks, square_sums[0], rules, found_inf, observed)
             steps = self._group_steps(facts, rules)
             signals = self._signals(steps, rules)
 
@@ -380,14 +405,17 @@ class _FusedClip:
                 del owner[key]
             raise
         self._observed = None
+        if rules:
+            facts.live = parts[0].scalars[0, 0] == 0 if parts[0].batches else facts.would_live
         self._for_each(steps, rules, lambda rule, step: rule.apply(step))
 
         # 3 update
         for part in parts:
             self._update(part, gather=not needs_norm)
-        if not needs_norm and len(parts) > 1:
-            for part, sums in zip(parts, _everywhere([part.gathered.reshape(1) for part in parts])):
-                part.grad_square_sum += sums.sum()
+        if not needs_norm and (len(parts) > 1 or ranks is not None):
+            sums = [torch.stack([own.reshape(()) for own in part.gathered.values()]) for part in parts if part.gathered]
+            for part, total in zip(parts, _everywhere(parts, ranks, sums, lambda part: list(part.gathered.items()))):
+                part.grad_square_sum += total.sum()
         for index, step in steps.items():
             step.informative = step.live & ~((self._grad_square_sum == 0) & self._lr_is_zero(index, step))
         self._for_each(steps, rules, lambda rule, step: rule.after(step))
@@ -412,20 +440,25 @@ class _FusedClip:
                 any(rule.guarded for rule in rules),
                 part.unit_factors.get(at),
                 part.dots if any(rule.needs_dots for rule in rules) else None,
-                part.gathered if gather else None,
+                part.gathered[batch.spread] if gather else None,
             )
             # Raw writes do not tell autograd: a graph that saved an old parameter must notice.
             torch.autograd.graph.increment_version(batch.params)
+            if batch.spread is not None:
+                torch.autograd.graph.increment_version(batch.owners)
 
     # ------------------------------------------------------------ what the rules do in a step
 
-    def _acting_rules(self, parts: list[Part]) -> list[tuple[int, Rule]]:
+    def _acting_rules(self, parts: list[Part], ranks: Ranks | None) -> list[tuple[int, Rule]]:
         """(group, rule) of every rule that has something to do, in the order in which it is done.
 
         Raises:
             RuntimeError: a rule per tensor, and parameters on several devices.
         """
-        present = {batch.group for part in parts for batch in part.batches}
+        if ranks is None:
+            present = {batch.group for part in parts for batch in part.batches}
+        else:  # on every rank the same, whichever has a gradient
+            present = set(range(len(self.param_groups)))
         own = [(index, rule) for index in sorted(present) for rule in _rules_of(self.param_groups[index])]
         for _, rule in own:
             if rule.per_tensor and len(parts) > 1:
@@ -435,13 +468,14 @@ class _FusedClip:
     def _facts(
         self,
         parts: list[Part],
+        ranks: Ranks | None,
         square_sums: Tensor | None,
         rules: list[tuple[int, Rule]],
         found_inf: Tensor | None,
         observed: Tensor | None,
     ) -> StepFacts:
         """`square_sums`: of all devices, on the first."""
-        facts = StepFacts(parts)
+        facts = StepFacts(parts, ranks)
         if not rules:
             return facts
         device = parts[0].device
@@ -449,11 +483,15 @@ class _FusedClip:
         found_inf = _as_tensor(found_inf, device)
         if scale is not None:
             facts.unscale = 1.0 / scale.double().reshape(()).abs()
+        no_inf = torch.ones((), dtype=torch.bool, device=device) if found_inf is None else found_inf.reshape(()) == 0
+        facts.would_live = no_inf
         if square_sums is not None:
             facts.norm = square_sums.sum().sqrt() * facts.unscale
             facts.usable = facts.norm.isfinite() & (facts.norm > 0)
             if found_inf is not None:
-                facts.usable = facts.usable & (found_inf.reshape(()) == 0)
+                facts.usable = facts.usable & no_inf
+            if self.skip_nonfinite:
+                facts.would_live = no_inf & facts.norm.isfinite()
         facts.suppressed = torch.zeros((), dtype=torch.float64, device=device)
         if observed is not None:
             suppressed, total = moved(observed, device).double().unbind()
@@ -537,7 +575,16 @@ class _FusedClip:
 
     # ------------------------------------------------------------ devices, tables, states
 
-    def _parts(self, batches: list[Batch]) -> list[Part]:
+    def _ranks_of(self, batches: list[Batch]) -> Ranks | None:
+        """None where nothing is shared out over ranks."""
+        groups = self._group_names
+        if not any(groups.values()) and all(batch.spread is None for batch in batches):
+            return None
+        if self._ranks is None or not self._ranks.is_of(self.param_groups):
+            self._ranks = Ranks(self.param_groups, groups["shard_group"], groups["data_group"])
+        return self._ranks
+
+    def _parts(self, batches: list[Batch], ranks: Ranks | None) -> list[Part]:
         """The batches by device, each with the backend that runs there and what the device keeps between steps."""
         parts: dict[torch.device, Part] = {}
         for batch in batches:
@@ -548,16 +595,22 @@ class _FusedClip:
             group = self.param_groups[batch.group]
             part.coupled.append(_is_coupled(group))
             part.spiked.append(_find(group, SpikeClip) is not None)
+        if not parts:  # other ranks have gradients: this one keeps the books with them
+            p = next((p for group in self.param_groups for p in group["params"]), self._grad_square_sum)
+            device = local(p).device
+            parts[device] = Part(device, backends.choose_step("reference", device.type))
         first, *others = parts.values()
         self._grad_square_sum = first.grad_square_sum = moved(self._grad_square_sum, first.device)
         self._steps_skipped = first.steps_skipped = moved(self._steps_skipped, first.device)
-        first.gathered = first.grad_square_sum
         for part in others:  # they decide alike; the first device keeps the books
             part.grad_square_sum = self._grad_square_sum.to(part.device, copy=True)
             part.steps_skipped = self._steps_skipped.to(part.device, copy=True)
-        if others:
-            for part in parts.values():
-                part.gathered = torch.zeros_like(part.grad_square_sum)
+        for part in parts.values():
+            for batch in part.batches:
+                if others or ranks is not None:
+                    part.gathered.setdefault(batch.spread, torch.zeros_like(part.grad_square_sum))
+                else:
+                    part.gathered[None] = part.grad_square_sum
         return list(parts.values())
 
     def _place(self, part: Part, tables: list) -> None:
@@ -586,7 +639,7 @@ class _FusedClip:
         for i, weights in enumerate(batch.bias_weights):
             if weights is None:
                 step = batch.steps[i].detach().double()
-                own = self.state[batch.params[i]]
+                own = self.state[batch.owners[i]]
                 own["bias_weights"] = torch.stack([1 - float(beta) ** step for beta in group["betas"]]).to(batch.device)
                 added.append((own, "bias_weights"))
                 batch.bias_weights[i] = own["bias_weights"]
@@ -599,6 +652,10 @@ class _FusedClip:
         state = {"step": torch.zeros((), dtype=step_dtype, device=p.device if on_device else "cpu")}
         for name in ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if group["amsgrad"] else ()):
             state[name] = torch.zeros_like(p, dtype=self.state_dtype, memory_format=torch.preserve_format)
+        for rule in _rules_of(group):  # see state_dict
+            for name in rule.of_parameters():
+                first = rule.memory(1)[name][1]
+                state[f"{type(rule).__name__}_{name}"] = torch.tensor(first, dtype=torch.float64, device="cpu")
         return state
 
     def _check_group(self, index: int, group: dict[str, Any]) -> None:
@@ -789,26 +846,65 @@ class _FusedClip:
                 raise TypeError(f"{type(self).__name__} does not support complex parameters, got {p.dtype}")
         param_group["params"] = params
         param_group.update({key: rule for key, rule in rules.items() if rule is not None})
+        if self.skip_nonfinite or any(rule is not None for rule in rules.values()):
+            param_group[_EXTRA_KEY] = {}  # filled in by state_dict
         for name, value in self._default_forms.items():
             param_group.setdefault(name, value)
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's. Rules appear as plain dicts, so that `torch.load(weights_only=True)` and torch.optim read it."""
+        """As torch's. Rules appear as plain dicts, so that `torch.load(weights_only=True)` and torch.optim read it.
+
+        What a rule remembers is in its group's entry "fused_clip_adam" (float64 tensors, of which this is a copy); what
+        it remembers of a parameter, in the parameter's own state, named "Rule_name" and as of this call: so that a
+        checkpoint fits an optimizer with other groups or another share of the parameters. With such a rule the host
+        waits for the device here.
+        """
+        live = self.param_groups
+        kept = self.skip_nonfinite or any(group.get(key) is not None for group in live for key in RULE_KEYS)
+        for index, group in enumerate(live if kept else ()):
+            group.setdefault(_EXTRA_KEY, {})  # torch.distributed.checkpoint saves the keys that are there
+            for name, value in self._remembered(index):
+                for p, own in zip(group["params"], value.cpu().unbind()):
+                    if p in self.state:
+                        self.state[p][name] = own.clone()
         out = super().state_dict()
-        has_rules = False
-        for group in out["param_groups"]:
+        for index, group in enumerate(out["param_groups"] if kept else ()):
             for key in RULE_KEYS:
                 if group.get(key) is not None:
                     group[key] = to_plain(_AS_RULE[key](group[key]))
-                    has_rules = True
-        if has_rules or self.skip_nonfinite:
-            out["param_groups"][0][_EXTRA_KEY] = {
-                "grad_square_sum": self._grad_square_sum.clone(),
-                "steps_skipped": self._steps_skipped.clone(),
-                "observed": None if self._observed is None else self._observed.clone(),
-                "memory": _copied_memory(self._memory),
-            }
+            group[_EXTRA_KEY] = {"memory": self._memory_of_group(index)}
+        if kept:
+            observed = torch.zeros(2) if self._observed is None else self._observed.clone()  # of one shape in any state
+            out["param_groups"][0][_EXTRA_KEY].update(
+                grad_square_sum=self._grad_square_sum.clone(),
+                steps_skipped=self._steps_skipped.clone(),
+                observed=observed,
+            )
+        return out
+
+    def _remembered(self, index: int) -> list[tuple[str, Tensor]]:
+        """What the rules of a group remember of every parameter: (name in its state, float64 [parameters])."""
+        memory = self._memory.get(index, {})
+        return [
+            (f"{type(rule).__name__}_{name}", memory[type(rule).__name__]["tensors"][name])
+            for rule in _rules_of(self.param_groups[index])
+            if type(rule).__name__ in memory
+            for name in rule.of_parameters()
+        ]
+
+    def _memory_of_group(self, index: int) -> dict[str, Any]:
+        """A copy of what the rules of a group remember beside `_remembered`."""
+        out: dict[str, Any] = {}
+        for rule in _rules_of(self.param_groups[index]):
+            own = self._memory.get(index, {}).get(type(rule).__name__)
+            if own is not None:
+                tensors = {name: own["tensors"][name] for name in own["tensors"].keys() - rule.of_parameters()}
+                # A list where the length grows: a checkpoint loads into tensors of the same shape only.
+                copied = {
+                    k: v.tolist() if hasattr(rule, "grown") and v.dim() else v.clone() for k, v in tensors.items()
+                }
+                out[type(rule).__name__] = {"steps": own["steps"], "tensors": copied}
         return out
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -835,9 +931,8 @@ class _FusedClip:
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
-        extra = None
+        extras = [group.pop(_EXTRA_KEY, None) for group in self.param_groups]
         for group, rules, before, ids in zip(self.param_groups, loaded["rules"], constructed, loaded["groups"]):
-            extra = group.pop(_EXTRA_KEY, extra)
             group.update({**before, **{key: group[key] for key in _FORM_KEYS if key in group}, **rules})
             for p, saved_id in zip(group["params"], ids):
                 saved = loaded["state"].get(saved_id, {})
@@ -845,11 +940,34 @@ class _FusedClip:
                 for name, value in own.items():
                     if isinstance(value, Tensor):
                         own[name] = self._copy_loaded(name, value, saved.get(name, value), p)
-        if extra is not None:
-            self._grad_square_sum = extra["grad_square_sum"].clone()
-            self._steps_skipped = extra["steps_skipped"].clone()
-            self._observed = None if extra["observed"] is None else extra["observed"].clone()
-            self._memory = _copied_memory(extra.get("memory", {}))
+        for index, (group, extra, ids) in enumerate(zip(self.param_groups, extras, loaded["groups"])):
+            if extra is None:  # torch's
+                continue
+            group[_EXTRA_KEY] = {}
+            self._memory[index] = self._loaded_memory(group, extra["memory"], [loaded["state"].get(i, {}) for i in ids])
+            if "observed" in extra:
+                self._grad_square_sum = extra["grad_square_sum"].clone()
+                self._steps_skipped = extra["steps_skipped"].clone()
+                self._observed = extra["observed"].clone()
+
+    @staticmethod
+    def _loaded_memory(group: dict[str, Any], saved: dict[str, Any], states: list[dict[str, Any]]) -> dict[str, Any]:
+        """What the rules of a group remember, from the group's saved entry and its parameters' saved states."""
+        memory: dict[str, Any] = {}
+        for rule in _rules_of(group):
+            name = type(rule).__name__
+            if name not in saved:
+                continue
+            tensors = {
+                key: torch.as_tensor(own, dtype=torch.float64).clone() for key, own in saved[name]["tensors"].items()
+            }
+            for key in rule.of_parameters():
+                first = rule.memory(1)[key][1]
+                first = torch.tensor(first, dtype=torch.float64, device="cpu")
+                values = [state.get(f"{name}_{key}", first) for state in states]
+                tensors[key] = torch.stack([value.detach().to("cpu", torch.float64).reshape(()) for value in values])
+            memory[name] = {"steps": int(saved[name]["steps"]), "tensors": tensors}
+        return memory
 
     def _copy_loaded(self, name: str, value: Tensor, saved: Any, p: Tensor) -> Tensor:
         # torch casts every floating state to the parameter's dtype; ours may be wider.
@@ -857,17 +975,19 @@ class _FusedClip:
             return value.clone()
         if name == "bias_weights":
             return saved.to(p.device, torch.float64, copy=True)
+        if name not in ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"):  # what a rule remembers, see state_dict
+            return saved.to("cpu", torch.float64, copy=True)
         if name != "step" and self.state_dtype is not None:
             return saved.to(p.device, self.state_dtype, copy=True)
         return value.clone()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._kept, self._layouts = {}, {}  # addresses of this process
+        self._kept, self._layouts, self._ranks = {}, {}, None  # addresses of this process
         super().__setstate__(state)
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("backend", "state_dtype", "skip_nonfinite", "_default_rules", "_default_forms", "_grad_square_sum")
-        names += ("_steps_skipped", "_observed", "_memory")
+        names += ("_steps_skipped", "_observed", "_memory", "_group_names")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
 
@@ -922,7 +1042,7 @@ class FusedFAdam(_FusedClip, torch.optim.AdamW):
         clip: of the natural gradient and of the natural weight decay, in units of their rms; positive.
 
     Keyword Args:
-        grad_clip, reset, state_dtype, skip_nonfinite, backend: as `FusedClipAdamW`.
+        grad_clip, reset, state_dtype, skip_nonfinite, backend, shard_group, data_group: as `FusedClipAdamW`.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `FusedClipAdamW`.
@@ -946,6 +1066,8 @@ class FusedFAdam(_FusedClip, torch.optim.AdamW):
         state_dtype: torch.dtype | None = None,
         skip_nonfinite: bool = False,
         backend: str = "auto",
+        shard_group: Any = None,
+        data_group: Any = None,
     ) -> None:
         super().__init__(
             params,
@@ -961,6 +1083,8 @@ class FusedFAdam(_FusedClip, torch.optim.AdamW):
             state_dtype=state_dtype,
             skip_nonfinite=skip_nonfinite,
             backend=backend,
+            shard_group=shard_group,
+            data_group=data_group,
         )
 
     def _check_group(self, index: int, group: dict[str, Any]) -> None:
@@ -988,16 +1112,6 @@ def _rules_of(group: dict[str, Any]) -> tuple[Rule, ...]:
 def _find(group: dict[str, Any], kind: type) -> Any:
     """The group's rule of a kind, or None."""
     return next((rule for rule in _rules_of(group) if isinstance(rule, kind)), None)
-
-
-def _copied_memory(memory: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    return {
-        index: {
-            name: {**own, "tensors": {key: tensor.clone() for key, tensor in own["tensors"].items()}}
-            for name, own in rules.items()
-        }
-        for index, rules in memory.items()
-    }
 
 
 def _is_coupled(group: dict[str, Any]) -> bool:
@@ -1030,12 +1144,22 @@ def _bound_samples(parts: list[Part], max_sample_norm: float) -> None:
         part.samples.weights.mul_(sample_factors(total, part.samples.weights, max_sample_norm))
 
 
-def _everywhere(parts: list[Tensor]) -> list[Tensor]:
-    """Each device's float64 [n] sums -> on every device, all of them. One device keeps its own as they are."""
+def _everywhere(
+    parts: list[Part],
+    ranks: Ranks | None,
+    sums: list[Tensor],
+    by_spread: Callable[[Part], list[tuple[Spread | None, Tensor]]],
+) -> list[Tensor]:
+    """Each device's float64 [n] sums -> on every device, those of all devices and ranks. One device of one process
+    keeps its own as they are.
+    """
+    if ranks is not None:
+        total = ranks.total([own for part in parts for own in by_spread(part)], parts[0].device)
+        return [total.reshape(1).to(part.device, non_blocking=True) for part in parts]
     if len(parts) == 1:
-        return parts
-    sums = [part.sum() for part in parts]
-    return [torch.stack([own.to(part.device, non_blocking=True) for own in sums]) for part in parts]
+        return sums
+    of_devices = [own.sum() for own in sums]
+    return [torch.stack([own.to(part.device, non_blocking=True) for own in of_devices]) for part in parts]
 
 
 def _as_tensor(value: Any, device: torch.device) -> Tensor | None:

@@ -351,12 +351,11 @@ def frozen(x: Any) -> Any:
 def snapshot(opt, counters: bool = True) -> Any:
     """counters: with those of skipped steps and of calls, which a skipped step moves on."""
     state = opt.state_dict()
-    extras = state["param_groups"][0].get("fused_clip_adam", {})
-    if not counters:
+    for group in state["param_groups"] if not counters else ():
+        extras = group.get("fused_clip_adam", {})
         extras.pop("steps_skipped", None)
-        for rules in extras.get("memory", {}).values():
-            for memory in rules.values():
-                memory.pop("steps", None)
+        for memory in extras.get("memory", {}).values():
+            memory.pop("steps", None)
     params = [p for group in opt.param_groups for p in group["params"]]
     return (
         frozen(state),

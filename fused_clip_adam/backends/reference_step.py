@@ -237,7 +237,8 @@ def prologue(
     columns = (skip.double(), sign * unscale * clip, unscale, a, b, beta2, one_minus_beta2, w1_a, 1 - w1_a)
     columns += (forget, restart)
     control = torch.stack([column.expand_as(beta1) for column in columns], dim=1)
-    return torch.cat([tensor_scalars(table, group, control) for table in placed.tables]).to(group.device)
+    none = torch.zeros(0, scalars.WIDTH, dtype=torch.float64, device="cpu")
+    return torch.cat([none, *(tensor_scalars(table, group, control) for table in placed.tables)]).to(group.device)
 
 
 def tensor_scalars(table: Table, group_scalars: Tensor, control: Tensor) -> Tensor:

@@ -209,6 +209,7 @@ class MomentumBrake(Overshoot):
     """
 
     parts: ClassVar[tuple[str, ...]] = ("momentum",)
+    needs_observed: ClassVar[bool] = True
     weighs: ClassVar[bool] = True
 
     strength: float = 0.5

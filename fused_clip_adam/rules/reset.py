@@ -138,6 +138,8 @@ class WhenClipped(Reset):
     Source: this project.
     """
 
+    needs_observed: ClassVar[bool] = True
+
     threshold: float
     moments: bool = True
     counters: bool = True

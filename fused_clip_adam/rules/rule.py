@@ -25,6 +25,7 @@ class Rule:
     needs_norm: bool = False  # this step's norm before the update
     needs_max: ClassVar[bool] = False  # and the largest |g| of every tensor
     extra_reads: tuple[str, ...] = ()  # what a pass of its own reads: "param", "grad", "exp_avg", "exp_avg_sq"
+    needs_observed: ClassVar[bool] = False  # what objectives have clipped, of all ranks
     needs_dots: bool = False  # sums of m g, gathered by the update
     guarded: bool = False  # writes one of the scalars from `forget` on
     weighs: bool = False  # varies a beta, so that every parameter needs `bias_weights`
@@ -37,6 +38,11 @@ class Rule:
     def memory(self, tensors: int) -> dict[str, tuple[tuple[int, ...], float]]:
         """What the rule remembers: name -> (shape, first value), float64. `tensors`: parameters of the group."""
         return {}
+
+    def of_parameters(self) -> list[str]:
+        """The names in `memory` that have one number for each parameter."""
+        one, two = self.memory(1), self.memory(2)
+        return [name for name in one if one[name][0] != two[name][0]]
 
     def signals(self, step: GroupStep) -> dict[str, Tensor]:
         """Columns of `group_signals`, float64 or bool, 0-d."""
