@@ -2,6 +2,7 @@
 
 from fused_clip_adam import presets, theory
 from fused_clip_adam._version import __version__
+from fused_clip_adam.in_backward import step_in_backward
 from fused_clip_adam.monitor import OvershootMonitor
 from fused_clip_adam.objectives import (
     AEPO,
@@ -102,6 +103,7 @@ __all__ = [
     "FusedFAdam",
     "MicroBatchGradients",
     "per_sample_scores",
+    "step_in_backward",
     "AGC",
     "AdaGC",
     "AlignedMomentum",

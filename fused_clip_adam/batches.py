@@ -48,11 +48,14 @@ class Batch:
         )
 
 
-def collect(param_groups: list[dict[str, Any]], stacks: dict[Tensor, Tensor] | None = None) -> list[Batch]:
+def collect(
+    param_groups: list[dict[str, Any]], given: dict[Tensor, Tensor] | None = None, stacked: bool = False
+) -> list[Batch]:
     """Batches of every parameter that has a gradient, in group order; states are not yet attached.
 
     Args:
-        stacks: of samples, by parameter, in the place of gradients (samples.py, which has checked their dtypes).
+        given: the gradients by parameter, in the place of `.grad`. stacked: they are stacks of samples (samples.py,
+            which has checked their dtypes).
 
     Raises:
         TypeError: sparse, complex or non-floating tensors, or a dtype pair the kernels do not know.
@@ -63,7 +66,7 @@ def collect(param_groups: list[dict[str, Any]], stacks: dict[Tensor, Tensor] | N
         last: tuple = ()
         batch = None
         for position, owner in enumerate(group["params"]):
-            grad = owner.grad if stacks is None else stacks.get(owner)
+            grad = owner.grad if given is None else given.get(owner)
             if grad is None:
                 continue
             p, where = owner, None
@@ -78,7 +81,7 @@ def collect(param_groups: list[dict[str, Any]], stacks: dict[Tensor, Tensor] | N
                 last = kind
                 if batch is None:
                     name = f'param_groups[{index}]["params"][{position}]'
-                    _check_kind(name, p, grad, stacks is not None)
+                    _check_kind(name, p, grad, stacked)
                     spread = None if where is None else spread_of(name, owner)
                     batch = batches[(index, *kind)] = Batch(group=index, device=p.device, spread=spread)
             batch.positions.append(position)

@@ -116,12 +116,19 @@ class Ranks:
         param_groups: the optimizer's. Every rank has the same DTensors, in the same order.
         shard_group: name of a group whose ranks hold other parameters, or None.
         data_group: name of a group whose ranks have seen other data, or None: the largest mesh of the parameters.
+        on_host: the sums are on the CPU, wherever the parameters are.
 
     Raises:
-        TypeError, ValueError: as `spread_of`. RuntimeError: a group has no backend for the parameters' device.
+        TypeError, ValueError: as `spread_of`. RuntimeError: a group has no backend for the device of the sums.
     """
 
-    def __init__(self, param_groups: list[dict[str, Any]], shard_group: str | None, data_group: str | None) -> None:
+    def __init__(
+        self,
+        param_groups: list[dict[str, Any]],
+        shard_group: str | None,
+        data_group: str | None,
+        on_host: bool = False,
+    ) -> None:
         self.shard_group = _named("shard_group", shard_group)
         self.data_group = _named("data_group", data_group)
         self._of = [list(group["params"]) for group in param_groups]
@@ -144,16 +151,21 @@ class Ranks:
                 devices.setdefault(spread, set()).add(local(p).device.type)
         meshes = {own.mesh: None for own in self.spreads}
         self._widest = max(meshes, key=lambda mesh: mesh.size()) if meshes else None
+        if on_host:
+            of_meshes = [mesh.get_group(at) for mesh in meshes for at in range(mesh.ndim)]
+            for group in (*of_meshes, self.shard_group, self.data_group):
+                self._check_backend(group, {"cpu"}, 'with offload="cpu" sums are')
+            return
         for spread, types in devices.items():
             for at, _ in spread.cuts:
-                self._check_backend(spread.mesh.get_group(at), types)
+                self._check_backend(spread.mesh.get_group(at), types, "parameters are")
 
     @staticmethod
-    def _check_backend(group: Any, types: set[str]) -> None:
+    def _check_backend(group: Any, types: set[str], what: str) -> None:
         known = {device.type for device in getattr(group, "_device_types", ())}
         for device_type in sorted(types - known if known else ()):
             raise RuntimeError(
-                f"parameters are on {device_type}, but their process group has a backend for {sorted(known)} only; "
+                f"{what} on {device_type}, but their process group has a backend for {sorted(known)} only; "
                 'initialise it for both, as init_process_group("cpu:gloo,cuda:nccl")'
             )
 
@@ -201,7 +213,8 @@ class Ranks:
 
         Ranks with the same data (tensor parallelism) count several times, which their quotient does not show.
         """
-        mass = torch.zeros(2, device=device) if mass is None else mass.to(device, copy=True, non_blocking=True)
+        how = {"copy": True, "non_blocking": device.type != "cpu"}  # what is on the host may be read at once
+        mass = torch.zeros(2, device=device) if mass is None else mass.to(device, **how)
         if self.data_group is not None:
             _all_reduce(mass, self.data_group)
         elif self._widest is not None:

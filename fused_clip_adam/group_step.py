@@ -40,6 +40,7 @@ class Part:
     summed_by_tensor: bool = False  # `square_sums` are one number a tensor on every backend
     maxima: Any = None  # float64 [rows], of phase 1: the largest |g| of each tensor
     samples: Any = None  # PlacedSamples, where the step's gradient is made of them
+    previous_norm: bool = False  # the step's own norm is not known: clips take that of the step before
     scalars: Any = None  # float64 [rows, WIDTH], of the prologue
     unit_factors: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # by batch
     dots: Any = None  # the update's sums of m g
@@ -102,6 +103,7 @@ class StepFacts:
     live: Tensor | None = None  # bool: the step is not skipped, as the prologue says
     would_live: Tensor | None = None  # the same, said before it
     norm: Tensor | None = None  # float64 0-d, unscaled, over all gradients; None where no rule needs it
+    previous: bool = False  # `norm` is of the step before
     usable: Tensor | None = None  # bool: the norm is finite, not zero, and found_inf does not skip the step
     unscale: Tensor | float = 1.0  # |1 / grad_scale|
     suppressed: Tensor | None = None  # c of the observed ClipStats
@@ -141,6 +143,8 @@ class GroupStep:
         self.weight_decay = float(group["weight_decay"])
         self.decay_after = bool(group.get("decay_after_update"))
         self.memory: dict[str, Tensor] = {}
+        self.rule: Any = None
+        """The rule at hand."""
         self.reset: Tensor | None = None
         """bool 0-d: this step forgets the moments."""
         self.informative: Tensor | None = None
@@ -155,6 +159,9 @@ class GroupStep:
 
     @property
     def usable(self) -> Tensor:
+        """bool 0-d: the norm that the rule at hand reads is finite and not zero, and the step is not skipped."""
+        if self.facts.previous and self.rule.of_all and not self.rule.per_tensor:
+            return self.facts.would_live & self.norm.isfinite() & (self.norm > 0)
         return self.facts.usable
 
     @property
@@ -295,7 +302,7 @@ class GroupStep:
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device, without waiting for the copy."""
+    """The tensor on a device, without waiting for the copy, but for one to the host, which may read it at once."""
     if tensor.device.type == "cpu" and device.type == "cuda":
         tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return tensor.to(device, non_blocking=device.type != "cpu")

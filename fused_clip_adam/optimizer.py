@@ -9,6 +9,7 @@ Rules that the prologue kernel does not know change the scalars between 2 and 3,
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,10 +24,12 @@ from fused_clip_adam.backends.scalars import GROUP_SIGNALS
 from fused_clip_adam.batches import Batch, attach_states, collect
 from fused_clip_adam.distributed import Ranks, Spread, group_name, is_spread, local
 from fused_clip_adam.group_step import GroupStep, Layout, Part, StepFacts, layout, moved
+from fused_clip_adam.in_backward import BackwardStep, Portion
 from fused_clip_adam.objectives.losses import check_logp, check_tensor, policy_loss
 from fused_clip_adam.objectives.objective import Objective
 from fused_clip_adam.objectives.ppo import PPO
 from fused_clip_adam.objectives.stats import ClipStats
+from fused_clip_adam.offload import HOST, Offloaded, check_offload, check_reach, is_away
 from fused_clip_adam.rules import (
     AlignedMomentum,
     AutoClip,
@@ -70,6 +73,14 @@ _EXTRAS_DOC = """
         skip_nonfinite: True makes a step whose gradient norm is not finite change nothing.
         backend: "auto", "cpu" (native kernels), "cuda" (native kernels), "triton" or "reference" (plain torch
             operations, any device). "auto" takes the native kernels of the parameters' device, else Triton on a GPU.
+        offload: None, or "cpu": moments, step and the update are the host's, for parameters on a CUDA device, which
+            keeps parameters and gradients only; for trainers that share the GPU with a rollout engine. Gradients and
+            parameters come down and parameters go up in buckets of 32 MiB or one tensor, overlapped with the kernels
+            ("auto", "cpu" or "reference"); the next forward pass sees them, and the host waits for the device once a
+            step. Pinned staging memory: two buckets; where a rule reads gradients before the update (a norm is
+            enough), all of them and three buckets' parameters. `grad_norm` and `step_count_skipped` are on the CPU.
+            Takes the step of the CPU, bit for bit, but for the last bit of a norm that the update gathers. Parameters
+            on the CPU take the ordinary step.
         shard_group: None, or the ProcessGroup (or DeviceMesh of one dimension) whose ranks hold other parameters of the
             same model: ZeroRedundancyOptimizer, pipeline stages. Norms over all gradients, `skip_nonfinite` and
             `found_inf` are then over all of its ranks, each of which must take every step. DTensors need none.
@@ -119,6 +130,7 @@ class _FusedClip:
         state_dtype: torch.dtype | None = None,
         skip_nonfinite: bool = False,
         backend: str = "auto",
+        offload: str | None = None,
         shard_group: Any = None,
         data_group: Any = None,
         eps_before_correction: bool = False,
@@ -133,11 +145,14 @@ class _FusedClip:
             if not isinstance(value, bool):
                 raise TypeError(f"{name} must be a bool, got {value!r}")
         self.backend = backends.check_name(backend)
+        self.offload = check_offload(offload, backend, capturable, differentiable)
         self.state_dtype = state_dtype
         self.skip_nonfinite = skip_nonfinite
         groups = {"shard_group": shard_group, "data_group": data_group}
         self._group_names = {name: group_name(name, group) for name, group in groups.items()}
         self._ranks: Ranks | None = None
+        self._offloaded = Offloaded()
+        self._backward_step: BackwardStep | None = None
         rules = {"grad_clip": grad_clip, "overshoot": overshoot, "reset": reset}
         self._default_rules = {key: _AS_RULE[key](value) for key, value in rules.items() if value is not None}
         self._default_forms = {name: True for name, value in forms.items() if value}
@@ -186,7 +201,10 @@ class _FusedClip:
             self._differentiable_step()
             return loss
         with torch.no_grad():
-            self._step()
+            if self._backward_step is not None:
+                self._backward_step._finish()
+            else:
+                self._step()
         return loss
 
     @torch.compiler.disable
@@ -321,7 +339,14 @@ class _FusedClip:
     def _all_params(self) -> list[Tensor]:
         if self.defaults["differentiable"]:
             raise RuntimeError("differentiable=True goes with step() only: nothing here is seen by autograd")
+        if self._backward_step is not None:
+            raise RuntimeError("step_in_backward is on, which makes the gradients itself; remove() it first")
         params = [p for group in self.param_groups for p in group["params"]]
+        if self.offload is not None and any(is_away(p.device) for p in params):
+            raise TypeError(
+                f'offload="{self.offload}" goes with step() only: samples would cross to the host one by one; form the '
+                "gradient and call step()"
+            )
         if self._group_names["shard_group"] is not None or any(is_spread(p) for p in params):
             raise TypeError(
                 "samples go with whole parameters only, not with DTensors or shard_group: a rank's loss of a part is "
@@ -334,21 +359,28 @@ class _FusedClip:
             self._step(samples)
         self._opt_called = True  # schedulers ask whether a step was taken before theirs
 
-    def _step(self, samples: Samples | None = None) -> None:
-        """`samples`: what the gradients are made of, in the place of `.grad`."""
+    def _step(self, samples: Samples | None = None, portion: Portion | None = None) -> None:
+        """`samples`: what the gradients are made of, in the place of `.grad`. `portion`: not all of them at once."""
         for index, group in enumerate(self.param_groups):
             self._check_group(index, group)
-        batches = collect(self.param_groups, None if samples is None else samples.stacks)
+        given = samples.stacks if samples is not None else None if portion is None else portion.gradients
+        batches = collect(self.param_groups, given, stacked=samples is not None)
         ranks = self._ranks_of(batches)
-        if not batches and ranks is None:
+        if not batches and (ranks is None or portion is not None):
             return
         self._check_capture()
-        parts = self._parts(batches, ranks)
+        parts = self._parts(batches, ranks, portion)
         rules = self._acting_rules(parts, ranks)
         all_rules = [rule for group in self.param_groups for rule in _rules_of(group)]
-        needs_norm = self.skip_nonfinite or any(rule.needs_norm for rule in all_rules)
+        skips = self.skip_nonfinite if portion is None else portion.skip_nonfinite
+        needs_norm = skips or any(
+            rule.needs_norm and (portion is None or rule.per_tensor or not rule.of_all) for rule in all_rules
+        )
         needs_max = any(rule.needs_max for rule in all_rules)
         observed, found_inf = self._observed, getattr(self, "found_inf", None)
+        grad_scale = getattr(self, "grad_scale", None)
+        if portion is not None:
+            observed, found_inf, grad_scale = portion.observed, None, portion.grad_scale
         if samples is not None:
             observed = _sum_of(observed, samples.observed)
             found_inf = samples.skip.double() if found_inf is None else found_inf.double() + samples.skip
@@ -369,8 +401,10 @@ class _FusedClip:
             if ranks is not None:  # what one rank has seen, all act on
                 if found_inf is not None:
                     found_inf = ranks.anywhere(_as_tensor(found_inf, parts[0].device))
-                if any(rule.needs_observed for rule in all_rules):
+                if any(rule.needs_observed for rule in all_rules) and (portion is None or portion.is_first):
                     observed = ranks.of_all_data(observed, parts[0].device)
+                    if portion is not None:
+                        portion.observed = observed
 
             # 1 norm: only where a rule needs this step's norm before the update; otherwise the update gathers it.
             square_sums: list[Tensor | None] = [None] * len(parts)
@@ -383,8 +417,11 @@ class _FusedClip:
                     else:
                         part.square_sums = part.backend.grad_square_sums(part.placed)
                 square_sums = _everywhere(parts, ranks, [part.square_sums for part in parts], Part.sum_by_spread)
-            facts = self._facts(parts, ranks, square_sums[0], rules, found_inf, observed)
-            steps = self._group_steps(facts, rules)
+            facts = self._facts(parts, ranks, square_sums[0], rules, skips, grad_scale, found_inf, observed)
+            steps = self._group_steps(facts, rules, portion)
+            if portion is not None:
+                facts.norm, facts.previous = portion.previous.sqrt().to(parts[0].device), True
+                portion.begin(self._memory, rules)
             signals = self._signals(steps, rules)
 
             # 2 prologue
@@ -393,18 +430,19 @@ class _FusedClip:
                     part.placed,
                     None if signals is None else signals.to(part.device, non_blocking=True),
                     sums,
-                    _as_tensor(getattr(self, "grad_scale", None), part.device),
+                    _as_tensor(grad_scale, part.device),
                     _as_tensor(found_inf, part.device),
                     _as_tensor(observed, part.device),
                     part.grad_square_sum,
                     part.steps_skipped,
-                    self.skip_nonfinite,
+                    skips,
                 )
         except Exception:
             for owner, key in reversed(added):
                 del owner[key]
             raise
-        self._observed = None
+        if portion is None:
+            self._observed = None
         if rules:
             facts.live = parts[0].scalars[0, 0] == 0 if parts[0].batches else facts.would_live
         self._for_each(steps, rules, lambda rule, step: rule.apply(step))
@@ -412,13 +450,16 @@ class _FusedClip:
         # 3 update
         for part in parts:
             self._update(part, gather=not needs_norm)
-        if not needs_norm and (len(parts) > 1 or ranks is not None):
+        if not needs_norm and (len(parts) > 1 or ranks is not None or portion is not None):
             sums = [torch.stack([own.reshape(()) for own in part.gathered.values()]) for part in parts if part.gathered]
             for part, total in zip(parts, _everywhere(parts, ranks, sums, lambda part: list(part.gathered.items()))):
                 part.grad_square_sum += total.sum()
+        square_sum = parts[0].grad_square_sum
         for index, step in steps.items():
-            step.informative = step.live & ~((self._grad_square_sum == 0) & self._lr_is_zero(index, step))
+            step.informative = step.live & ~((square_sum == 0) & self._lr_is_zero(index, step))
         self._for_each(steps, rules, lambda rule, step: rule.after(step))
+        if portion is not None:
+            portion.end(square_sum, parts[0].steps_skipped)
 
     def _update(self, part: Part, gather: bool) -> None:
         """The update of every batch of a device. `gather`: also the norm of this step's gradients."""
@@ -471,6 +512,8 @@ class _FusedClip:
         ranks: Ranks | None,
         square_sums: Tensor | None,
         rules: list[tuple[int, Rule]],
+        skips: bool,
+        grad_scale: Tensor | None,
         found_inf: Tensor | None,
         observed: Tensor | None,
     ) -> StepFacts:
@@ -479,7 +522,7 @@ class _FusedClip:
         if not rules:
             return facts
         device = parts[0].device
-        scale = _as_tensor(getattr(self, "grad_scale", None), device)
+        scale = _as_tensor(grad_scale, device)
         found_inf = _as_tensor(found_inf, device)
         if scale is not None:
             facts.unscale = 1.0 / scale.double().reshape(()).abs()
@@ -490,7 +533,7 @@ class _FusedClip:
             facts.usable = facts.norm.isfinite() & (facts.norm > 0)
             if found_inf is not None:
                 facts.usable = facts.usable & no_inf
-            if self.skip_nonfinite:
+            if skips:
                 facts.would_live = no_inf & facts.norm.isfinite()
         facts.suppressed = torch.zeros((), dtype=torch.float64, device=device)
         if observed is not None:
@@ -498,7 +541,9 @@ class _FusedClip:
             facts.suppressed = (suppressed / total).nan_to_num(0.0, 1.0, 0.0)
         return facts
 
-    def _group_steps(self, facts: StepFacts, rules: list[tuple[int, Rule]]) -> dict[int, GroupStep]:
+    def _group_steps(
+        self, facts: StepFacts, rules: list[tuple[int, Rule]], portion: Portion | None
+    ) -> dict[int, GroupStep]:
         def layout_of(part: Part, at: int) -> Layout:
             key = (part.device, at)
             self._layouts[key] = layout(part.batches[at], self._layouts.get(key))
@@ -514,12 +559,14 @@ class _FusedClip:
             for name in set(kept) - set(own):
                 del kept[name]
             for name, rule in own.items():
-                self._remember(kept, name, rule, step.tensors, facts.parts[0].device)
+                if portion is None or name not in portion.remembered(index):
+                    self._remember(kept, name, rule, step.tensors, facts.parts[0].device)
         return steps
 
     def _for_each(self, steps: dict[int, GroupStep], rules: list[tuple[int, Rule]], call: Callable) -> None:
         for index, rule in rules:
             steps[index].memory = self._memory[index].get(type(rule).__name__, {}).get("tensors", {})
+            steps[index].rule = rule
             call(rule, steps[index])
 
     def _signals(self, steps: dict[int, GroupStep], rules: list[tuple[int, Rule]]) -> Tensor | None:
@@ -548,7 +595,7 @@ class _FusedClip:
     def _lr_is_zero(self, index: int, step: GroupStep) -> Tensor | bool:
         lr = self.param_groups[index]["lr"]
         if isinstance(lr, Tensor) and lr.device.type != "cpu":
-            return lr.detach().to(step.device, non_blocking=True).reshape(()) == 0
+            return moved(lr.detach(), step.device).reshape(()) == 0
         return float(lr) == 0.0
 
     @staticmethod
@@ -581,37 +628,57 @@ class _FusedClip:
         if not any(groups.values()) and all(batch.spread is None for batch in batches):
             return None
         if self._ranks is None or not self._ranks.is_of(self.param_groups):
-            self._ranks = Ranks(self.param_groups, groups["shard_group"], groups["data_group"])
+            on_host = self.offload is not None
+            self._ranks = Ranks(self.param_groups, groups["shard_group"], groups["data_group"], on_host)
         return self._ranks
 
-    def _parts(self, batches: list[Batch], ranks: Ranks | None) -> list[Part]:
+    def _parts(self, batches: list[Batch], ranks: Ranks | None, portion: Portion | None) -> list[Part]:
         """The batches by device, each with the backend that runs there and what the device keeps between steps."""
         parts: dict[torch.device, Part] = {}
+        offloaded = self.offload is not None and self._offloaded_by(batches)
         for batch in batches:
+            if offloaded:
+                batch.device = HOST
             part = parts.get(batch.device)
             if part is None:
-                parts[batch.device] = part = Part(batch.device, backends.choose_step(self.backend, batch.device.type))
+                backend = offloaded or backends.choose_step(self.backend, batch.device.type)
+                parts[batch.device] = part = Part(batch.device, backend)
             part.batches.append(batch)
             group = self.param_groups[batch.group]
             part.coupled.append(_is_coupled(group))
             part.spiked.append(_find(group, SpikeClip) is not None)
         if not parts:  # other ranks have gradients: this one keeps the books with them
             p = next((p for group in self.param_groups for p in group["params"]), self._grad_square_sum)
-            device = local(p).device
+            device = local(p).device if self.offload is None else HOST
             parts[device] = Part(device, backends.choose_step("reference", device.type))
         first, *others = parts.values()
         self._grad_square_sum = first.grad_square_sum = moved(self._grad_square_sum, first.device)
         self._steps_skipped = first.steps_skipped = moved(self._steps_skipped, first.device)
-        for part in others:  # they decide alike; the first device keeps the books
+        for part in parts.values() if portion is not None else others:  # they decide alike; the first keeps the books
             part.grad_square_sum = self._grad_square_sum.to(part.device, copy=True)
-            part.steps_skipped = self._steps_skipped.to(part.device, copy=True)
+            part.steps_skipped = torch.zeros_like(self._steps_skipped, device=part.device)
+            part.previous_norm = portion is not None
         for part in parts.values():
             for batch in part.batches:
-                if others or ranks is not None:
+                if others or ranks is not None or portion is not None:
                     part.gathered.setdefault(batch.spread, torch.zeros_like(part.grad_square_sum))
                 else:
                     part.gathered[None] = part.grad_square_sum
         return list(parts.values())
+
+    def _offloaded_by(self, batches: list[Batch]) -> Offloaded | None:
+        """What steps tensors of other devices on the host, ready for a step; None where all are the host's.
+
+        Raises:
+            RuntimeError: a device that it does not reach.
+        """
+        for batch in batches:
+            check_reach(f'param_groups[{batch.group}]["params"][{batch.positions[0]}]', batch.device)
+        if not any(is_away(batch.device) for batch in batches):
+            return None
+        rules = [rule for group in self.param_groups for rule in _rules_of(group)]
+        twice = self.skip_nonfinite or any(rule.needs_norm or "grad" in rule.extra_reads for rule in rules)
+        return self._offloaded.use(backends.choose_step(self.backend, HOST.type), keeps_gradients=twice)
 
     def _place(self, part: Part, tables: list) -> None:
         groups = [self.param_groups[batch.group] for batch in part.batches]
@@ -649,9 +716,11 @@ class _FusedClip:
         # The GPU kernels advance the step themselves, so that a skipped step needs no host read.
         on_device = on_device or group["capturable"] or group["fused"]
         step_dtype = torch.float32 if group["fused"] or torch.get_default_dtype() != torch.float64 else torch.float64
-        state = {"step": torch.zeros((), dtype=step_dtype, device=p.device if on_device else "cpu")}
+        where = {} if self.offload is None else {"device": HOST}
+        step_device = where.get("device", p.device) if on_device else "cpu"
+        state = {"step": torch.zeros((), dtype=step_dtype, device=step_device)}
         for name in ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if group["amsgrad"] else ()):
-            state[name] = torch.zeros_like(p, dtype=self.state_dtype, memory_format=torch.preserve_format)
+            state[name] = torch.zeros_like(p, dtype=self.state_dtype, memory_format=torch.preserve_format, **where)
         for rule in _rules_of(group):  # see state_dict
             for name in rule.of_parameters():
                 first = rule.memory(1)[name][1]
@@ -673,6 +742,8 @@ class _FusedClip:
             raise ValueError(f'param_groups[{index}]["betas"] must lie in [0, 1), got {(beta1, beta2)!r}')
         if group["differentiable"]:
             raise ValueError(f"param_groups[{index}]: differentiable is set for the whole optimizer, not per group")
+        if self.offload is not None and group["capturable"]:  # of this group alone, or of a state dict
+            raise ValueError(f'param_groups[{index}]["capturable"] must be False with offload="{self.offload}"')
         for key in RULE_KEYS:  # a scheduler or a user may have set a short name between steps
             if group.get(key) is not None:
                 group[key] = _AS_RULE[key](group[key])
@@ -682,6 +753,8 @@ class _FusedClip:
         RuntimeError: a CUDA graph is being captured and a group is not capturable, or what its rule remembers grows.
         """
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            if self.offload is not None:
+                raise RuntimeError(f'a CUDA graph is being captured; with offload="{self.offload}" the host steps')
             for index, group in enumerate(self.param_groups):
                 if not group["capturable"]:
                     raise RuntimeError(
@@ -713,7 +786,7 @@ class _FusedClip:
                     float(beta1),
                     float(beta2),
                     clip.max_norm if clip else -1.0,
-                    float(clip is not None and clip.lag),
+                    float(clip is not None and (clip.lag or part.previous_norm)),
                     -1.0 if group["maximize"] else 1.0,
                     float(brake.brake_code) if brake else 0.0,
                     brake.strength if brake else 0.0,
@@ -756,7 +829,7 @@ class _FusedClip:
 
     @property
     def grad_norm(self) -> Tensor:
-        """The last step's global gradient norm before clipping, after unscaling: float32, 0-d, on the device.
+        """The last step's global gradient norm before clipping, after unscaling: float32, 0-d, where the step is taken.
 
         0 before the first step. Reading it costs no pass over memory and no host sync.
         """
@@ -778,6 +851,8 @@ class _FusedClip:
         """
         if not isinstance(stats, ClipStats):
             raise TypeError(f"observe expects a ClipStats, got {type(stats).__name__}")
+        if self._backward_step is not None:
+            self._backward_step._check_observe()
         self._observed = _sum_of(self._observed, _mass(stats))
 
     @torch.no_grad()
@@ -855,10 +930,12 @@ class _FusedClip:
     def state_dict(self) -> dict[str, Any]:
         """As torch's. Rules appear as plain dicts, so that `torch.load(weights_only=True)` and torch.optim read it.
 
-        What a rule remembers is in its group's entry "fused_clip_adam" (float64 tensors, of which this is a copy); what
-        it remembers of a parameter, in the parameter's own state, named "Rule_name" and as of this call: so that a
-        checkpoint fits an optimizer with other groups or another share of the parameters. With such a rule the host
-        waits for the device here.
+        What a rule remembers is in its group's entry "fused_clip_adam" (float64 tensors, of which this is a copy; text
+        where it grows); what it remembers of a parameter, in the parameter's own state, named "Rule_name" and as of
+        this call: so that a checkpoint fits an optimizer with other groups or another share of the parameters. With
+        such a rule the host waits for the device here. `bias_weights` are followed by the step they belong to.
+
+        What was handed to `observe` since the last step is of this rank: save after a step where ranks share a file.
         """
         live = self.param_groups
         kept = self.skip_nonfinite or any(group.get(key) is not None for group in live for key in RULE_KEYS)
@@ -869,19 +946,28 @@ class _FusedClip:
                     if p in self.state:
                         self.state[p][name] = own.clone()
         out = super().state_dict()
+        for key, own in out["state"].items():
+            if "bias_weights" in own:
+                out["state"][key] = {**own, "bias_weights": _with_step(own["bias_weights"], own["step"])}
         for index, group in enumerate(out["param_groups"] if kept else ()):
             for key in RULE_KEYS:
                 if group.get(key) is not None:
                     group[key] = to_plain(_AS_RULE[key](group[key]))
-            group[_EXTRA_KEY] = {"memory": self._memory_of_group(index)}
-        if kept:
-            observed = torch.zeros(2) if self._observed is None else self._observed.clone()  # of one shape in any state
-            out["param_groups"][0][_EXTRA_KEY].update(
-                grad_square_sum=self._grad_square_sum.clone(),
-                steps_skipped=self._steps_skipped.clone(),
-                observed=observed,
-            )
+            group[_EXTRA_KEY] = {"memory": self._memory_of_group(index), **self._of_all_groups()}
         return out
+
+    def _of_all_groups(self) -> dict[str, Tensor]:
+        """In the entry of each, so that a group that is saved or found without the others has it."""
+        observed = torch.zeros(2) if self._observed is None else self._observed  # of one shape in any state
+        return {
+            "grad_square_sum": self._grad_square_sum.clone(),
+            "steps_skipped": self._steps_skipped.clone(),
+            "observed": observed.to(self._state_device(), copy=True),
+        }
+
+    def _state_device(self) -> torch.device:
+        """Where the moments are. torch's set_optimizer_state_dict takes whole tensors of one device only."""
+        return next((own["exp_avg"].device for own in self.state.values() if "exp_avg" in own), torch.device("cpu"))
 
     def _remembered(self, index: int) -> list[tuple[str, Tensor]]:
         """What the rules of a group remember of every parameter: (name in its state, float64 [parameters])."""
@@ -899,10 +985,14 @@ class _FusedClip:
         for rule in _rules_of(self.param_groups[index]):
             own = self._memory.get(index, {}).get(type(rule).__name__)
             if own is not None:
-                tensors = {name: own["tensors"][name] for name in own["tensors"].keys() - rule.of_parameters()}
-                # A list where the length grows: a checkpoint loads into tensors of the same shape only.
+                tensors = {k: v for k, v in own["tensors"].items() if k not in rule.of_parameters()}
+                # Text where the length grows: torch.distributed.checkpoint loads into tensors of the same shape only,
+                # and into a list item by item, whatever the lengths.
                 copied = {
-                    k: v.tolist() if hasattr(rule, "grown") and v.dim() else v.clone() for k, v in tensors.items()
+                    k: json.dumps(v.tolist())
+                    if hasattr(rule, "grown") and v.dim()
+                    else v.to(self._state_device() if v.dim() else v.device, copy=True)
+                    for k, v in tensors.items()
                 }
                 out[type(rule).__name__] = {"steps": own["steps"], "tensors": copied}
         return out
@@ -917,13 +1007,17 @@ class _FusedClip:
         """
         loaded: dict[str, Any] = {}
 
-        def parse(_, final: dict[str, Any]) -> None:  # runs after the user's pre-hooks, before anything is changed
+        # Runs after the user's pre-hooks, before anything is changed.
+        def parse(_, final: dict[str, Any]) -> dict[str, Any] | None:
             loaded["state"] = final["state"]
             loaded["groups"] = [list(g["params"]) for g in final["param_groups"]]
             loaded["rules"] = [
                 {k: from_plain(k, g[k]) if is_plain(g[k]) else _AS_RULE[k](g[k]) for k in RULE_KEYS if k in g}
                 for g in final["param_groups"]
             ]
+            if self.offload is not None:
+                return {**final, "state": self._without_tensors(final)}
+            return None
 
         constructed = [{key: g[key] for key in RULE_KEYS + _FORM_KEYS if key in g} for g in self.param_groups]
         hook = self.register_load_state_dict_pre_hook(parse)
@@ -937,18 +1031,32 @@ class _FusedClip:
             for p, saved_id in zip(group["params"], ids):
                 saved = loaded["state"].get(saved_id, {})
                 own = self.state.get(p, {})
+                if self.offload is not None and p in self.state:
+                    own.update({name: value for name, value in saved.items() if name not in own})
                 for name, value in own.items():
                     if isinstance(value, Tensor):
                         own[name] = self._copy_loaded(name, value, saved.get(name, value), p)
+                if "bias_weights" in own:
+                    own["bias_weights"] = _at_step(own["bias_weights"], own["step"], group["betas"])
         for index, (group, extra, ids) in enumerate(zip(self.param_groups, extras, loaded["groups"])):
             if extra is None:  # torch's
                 continue
             group[_EXTRA_KEY] = {}
-            self._memory[index] = self._loaded_memory(group, extra["memory"], [loaded["state"].get(i, {}) for i in ids])
+            memory = extra.get("memory", {})  # what is empty gets lost where torch flattens a state dict
+            self._memory[index] = self._loaded_memory(group, memory, [loaded["state"].get(i, {}) for i in ids])
             if "observed" in extra:
                 self._grad_square_sum = extra["grad_square_sum"].clone()
                 self._steps_skipped = extra["steps_skipped"].clone()
                 self._observed = extra["observed"].clone()
+
+    @staticmethod
+    def _without_tensors(state_dict: dict[str, Any]) -> dict[Any, Any]:
+        """A state dict's states without those that torch would copy to the parameter's device."""
+        ids = {saved_id for group in state_dict["param_groups"] for saved_id in group["params"]}
+        return {
+            key: {} if key in ids and isinstance(own.get("step"), Tensor) else own
+            for key, own in state_dict["state"].items()
+        }
 
     @staticmethod
     def _loaded_memory(group: dict[str, Any], saved: dict[str, Any], states: list[dict[str, Any]]) -> dict[str, Any]:
@@ -959,7 +1067,8 @@ class _FusedClip:
             if name not in saved:
                 continue
             tensors = {
-                key: torch.as_tensor(own, dtype=torch.float64).clone() for key, own in saved[name]["tensors"].items()
+                key: torch.as_tensor(json.loads(own) if isinstance(own, str) else own, dtype=torch.float64).clone()
+                for key, own in saved[name]["tensors"].items()
             }
             for key in rule.of_parameters():
                 first = rule.memory(1)[key][1]
@@ -971,23 +1080,26 @@ class _FusedClip:
 
     def _copy_loaded(self, name: str, value: Tensor, saved: Any, p: Tensor) -> Tensor:
         # torch casts every floating state to the parameter's dtype; ours may be wider.
+        home = p.device if self.offload is None else HOST
         if not isinstance(saved, Tensor):
-            return value.clone()
+            return value.clone() if self.offload is None else value.to(HOST, copy=True)
         if name == "bias_weights":
-            return saved.to(p.device, torch.float64, copy=True)
+            return saved.to(home, torch.float64, copy=True)
         if name not in ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"):  # what a rule remembers, see state_dict
             return saved.to("cpu", torch.float64, copy=True)
-        if name != "step" and self.state_dtype is not None:
-            return saved.to(p.device, self.state_dtype, copy=True)
-        return value.clone()
+        if name != "step" and (self.state_dtype is not None or self.offload is not None):
+            return saved.to(home, self.state_dtype or p.dtype, copy=True)
+        return value.clone() if self.offload is None else value.to(HOST, copy=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._kept, self._layouts, self._ranks = {}, {}, None  # addresses of this process
+        self._offloaded = Offloaded()
+        self._backward_step = None  # its hooks are on the parameters that this is a copy of
         super().__setstate__(state)
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("backend", "state_dtype", "skip_nonfinite", "_default_rules", "_default_forms", "_grad_square_sum")
-        names += ("_steps_skipped", "_observed", "_memory", "_group_names")
+        names += ("offload", "_steps_skipped", "_observed", "_memory", "_group_names")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
 
@@ -1042,7 +1154,7 @@ class FusedFAdam(_FusedClip, torch.optim.AdamW):
         clip: of the natural gradient and of the natural weight decay, in units of their rms; positive.
 
     Keyword Args:
-        grad_clip, reset, state_dtype, skip_nonfinite, backend, shard_group, data_group: as `FusedClipAdamW`.
+        grad_clip, reset, state_dtype, skip_nonfinite, backend, offload, shard_group, data_group: as `FusedClipAdamW`.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `FusedClipAdamW`.
@@ -1066,6 +1178,7 @@ class FusedFAdam(_FusedClip, torch.optim.AdamW):
         state_dtype: torch.dtype | None = None,
         skip_nonfinite: bool = False,
         backend: str = "auto",
+        offload: str | None = None,
         shard_group: Any = None,
         data_group: Any = None,
     ) -> None:
@@ -1083,6 +1196,7 @@ class FusedFAdam(_FusedClip, torch.optim.AdamW):
             state_dtype=state_dtype,
             skip_nonfinite=skip_nonfinite,
             backend=backend,
+            offload=offload,
             shard_group=shard_group,
             data_group=data_group,
         )
@@ -1107,6 +1221,21 @@ def _rules_of(group: dict[str, Any]) -> tuple[Rule, ...]:
         *(() if reset is None else (reset,)),
         *overshoot_rules(group.get("overshoot")),
     )
+
+
+def _with_step(weights: Tensor, step: Tensor) -> Tensor:
+    """`bias_weights` as saved: float64 [3], W1, W2 and the step."""
+    return torch.cat([weights, step.detach().to(weights.device, torch.float64).reshape(1)])
+
+
+def _at_step(saved: Tensor, step: Tensor, betas: Sequence[float | Tensor]) -> Tensor:
+    """`bias_weights` as used, float64 [2]: those saved, or 1 - beta^step where they belong to another step.
+
+    torch.distributed.checkpoint takes a step to make a state, and leaves what a checkpoint of torch's AdamW has not.
+    """
+    now = step.detach().to(saved.device, torch.float64).reshape(())
+    plain = torch.stack([1 - float(beta) ** now for beta in betas])
+    return torch.where(saved[2] == now, saved[:2], plain)
 
 
 def _find(group: dict[str, Any], kind: type) -> Any:

@@ -82,6 +82,7 @@ class GlobalNorm(GradClip):
     Source: Pascanu et al. 2013 (arXiv 1211.5063), torch.nn.utils.clip_grad_norm_.
     """
 
+    of_all: ClassVar[bool] = True
     in_prologue: ClassVar[bool] = True
 
     max_norm: float
@@ -140,6 +141,8 @@ class AutoClip(GradClip):
 
     Source: Seetharaman et al. 2020 (arXiv 2007.14469).
     """
+
+    of_all: ClassVar[bool] = True
 
     percentile: float = 10.0
     history: int | None = None
@@ -200,6 +203,8 @@ class ZClip(GradClip):
 
     Source: Kumar et al. 2025 (arXiv 2504.02507) and its published code.
     """
+
+    of_all: ClassVar[bool] = True
 
     alpha: float = 0.97
     z_threshold: float = 2.5
@@ -267,6 +272,7 @@ class AdaGC(GradClip):
     Source: Wang et al. 2025 (arXiv 2502.11034).
     """
 
+    of_all: ClassVar[bool] = True
     per_tensor: ClassVar[bool] = True
 
     ratio: float = 1.04
@@ -486,7 +492,8 @@ class StableSpamClip(GradClip):
         own = step.memory
         own["steps"].add_(step.informative)
         if self.shared_counter:
-            own["count"].copy_(torch.where(step.usable & step.reset, own["count"].clamp(max=1.0), own["count"]))
+            due = step.usable & step.reset & ~step.largest().isnan()  # NaN: a parameter without a gradient
+            own["count"].copy_(torch.where(due, own["count"].clamp(max=1.0), own["count"]))
 
 
 @dataclass(frozen=True)
@@ -541,6 +548,7 @@ class InducedMetric(GradClip):
     Source: arXiv 2509.03594, the RMS variant.
     """
 
+    sums_all: ClassVar[bool] = True
     stage: ClassVar[int] = 1
     per_tensor: ClassVar[bool] = True
     needs_norm: ClassVar[bool] = False

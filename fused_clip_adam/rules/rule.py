@@ -23,6 +23,8 @@ class Rule:
     stage: ClassVar[int] = 0  # `apply` runs for rules of stage 0 of all groups, then for those of stage 1, ...
     per_tensor: ClassVar[bool] = False  # reads sums over single tensors: they have to be on one device
     needs_norm: bool = False  # this step's norm before the update
+    of_all: ClassVar[bool] = False  # what it reads is the norm over all gradients of the step, not only of each tensor
+    sums_all: ClassVar[bool] = False  # sums over all tensors' gradients and moments before the update
     needs_max: ClassVar[bool] = False  # and the largest |g| of every tensor
     extra_reads: tuple[str, ...] = ()  # what a pass of its own reads: "param", "grad", "exp_avg", "exp_avg_sq"
     needs_observed: ClassVar[bool] = False  # what objectives have clipped, of all ranks
