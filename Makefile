@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: help venv test checks demo bench bench-full gpu gpu-checks lint format asan wheel clean
+.PHONY: help venv test trainers checks demo bench bench-full gpu gpu-checks lint format asan wheel clean
 
 help:           ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/ :/'
@@ -37,6 +37,21 @@ PYTEST = -m pytest -n $(WORKERS) --dist loadgroup
 
 test: venv      ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
+
+# Trainers that `make test` skips, in environments of their own: they are large, and verl's tensordict is not torchrl's.
+IN_TRAINERS := sb3 torchrl lightning rsl_rl
+TRAINER_TEST = OMP_NUM_THREADS=1 FUSED_CLIP_ADAM_CUDA_LIBRARY=none
+.venv-%/ready: .venv/ready pyproject.toml
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --upgrade 'pip<26.2'
+	.venv-$*/bin/python -m pip install --quiet --progress-bar off '$(TORCH)' setuptools wheel numpy
+	FUSED_CLIP_ADAM_BUILD=none .venv-$*/bin/python -m pip install --quiet --progress-bar off \
+		--no-build-isolation --editable '.[$*]' '$(TORCH)' pytest pytest-benchmark pytest-xdist hypothesis 'triton>=3.5,<3.8'
+	touch $@
+
+trainers: .venv-trainers/ready .venv-verl/ready  ## the integrations with Stable-Baselines3, torchrl, Lightning, rsl-rl and verl
+	$(TRAINER_TEST) .venv-trainers/bin/python -m pytest $(IN_TRAINERS:%=tests/test_integration_%.py)
+	$(TRAINER_TEST) .venv-verl/bin/python -m pytest tests/test_integration_verl.py
 
 checks: venv    ## three properties of arXiv 2601.05002, measured; fails where one does not hold
 	for check in coast_after_clip reward_scale prefix_bias; do $(BIN)/python examples/$$check.py || exit 1; done
@@ -105,4 +120,4 @@ wheel: venv     ## one cp310-abi3 wheel in dist/
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
 clean:          ## remove everything `make` created
-	rm -rf .venv build build.log dist demo_out *.egg-info fused_clip_adam/*.so
+	rm -rf .venv .venv-trainers .venv-verl build build.log dist demo_out *.egg-info fused_clip_adam/*.so

@@ -103,6 +103,15 @@ def step_from_gradients_with(backend):
     assert not torch.equal(p.detach().cpu(), torch.ones(5, 3))
 
 
+def step_in_backward_with(backend):
+    model = torch.nn.Linear(5, 3, device=device_of(backend))
+    before = model.weight.detach().clone()
+    opt = fca.FusedClipAdamW(model.parameters(), backend=backend)
+    fca.step_in_backward(model, opt, bucket_bytes=0)
+    model(torch.ones(2, 5, device=before.device)).sum().backward()
+    assert model.weight.grad is None and not torch.equal(model.weight.detach(), before)
+
+
 # Plain torch on any device, or no computation at all.
 WITHOUT_BACKEND = {
     "ClipStats",
@@ -160,6 +169,7 @@ TRY = {
     "step_from_scores(max_sample_norm=, noise_multiplier=)": lambda b: step_from_scores_with(
         b, max_sample_norm=0.1, noise_multiplier=0.5
     ),
+    "step_in_backward": step_in_backward_with,
     "skip_nonfinite": lambda b: step_with(backend=b, skip_nonfinite=True),
     "state_dtype=torch.float32": lambda b: step_with(backend=b, state_dtype=torch.float32),
     **{cls.__name__: lambda b, cls=cls: objective_with(cls, b) for cls in docs.objectives()},
@@ -226,7 +236,9 @@ def test_second_example_runs_after_the_first(capsys, tmp_path, monkeypatch):
     assert "clip" in capsys.readouterr().out and (tmp_path / "overshoot.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("document", ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/objectives.md"))
+@pytest.mark.parametrize(
+    "document", ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/objectives.md", "docs/trainers.md")
+)
 def test_links_lead_somewhere(document):
     path = ROOT / document
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
@@ -245,3 +257,21 @@ def test_no_name_is_undocumented():
     for name in fca.__all__:
         if name != "__version__":
             assert (getattr(fca, name).__doc__ or "").strip(), f"{name} has no docstring"
+
+
+def test_trainer_matrix():
+    page = (ROOT / "docs" / "trainers.md").read_text()
+    table = page.split("<!-- trainer matrix")[1].split("<!-- end of trainer matrix")[0]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"]
+    assert lines[0] == ["trainer", "optimizer", "loss", "statistics", "checkpoint"]
+    tested = 0
+    for name, *cells in lines[2:]:
+        assert len(cells) == 4, name
+        for cell in cells:
+            if not cell.startswith("["):
+                assert re.fullmatch(r"as the loop|no hook|not run here( \(in a fork\))?", cell), (name, cell)
+                continue
+            file, test = re.fullmatch(r"\[yes\]\(\.\./(tests/\w+\.py)#(test_\w+)\)", cell).groups()
+            assert f"def {test}(" in (ROOT / file).read_text(), (name, cell)
+            tested += 1
+    assert tested >= 28

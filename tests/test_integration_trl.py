@@ -1,7 +1,11 @@
 """FusedGRPOTrainer against TRL's own GRPOTrainer: same batch, same loss, same gradient, same trained weights."""
 
 import os
+import shutil
+import statistics
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +18,12 @@ from datasets import Dataset  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
 import fused_clip_adam as fca  # noqa: E402
-from fused_clip_adam.integrations.trl import FusedGRPOTrainer, OvershootCallback, overshoot  # noqa: E402
+from fused_clip_adam.integrations.trl import (  # noqa: E402
+    FusedGRPOTrainer,
+    OvershootCallback,
+    clip_aware_optimizer,
+    overshoot,
+)
 from fused_clip_adam.monitor import OvershootMonitor  # noqa: E402
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), os.pardir, "examples"))
@@ -26,7 +35,7 @@ import grpo_task  # noqa: E402
 RELATIVE_TOLERANCE = 1e-5
 
 
-def make_trainer(tmp_path, cls=FusedGRPOTrainer, optimizer=None, objective=None, **options):
+def make_trainer(tmp_path, cls=FusedGRPOTrainer, optimizer=None, objective=None, reward=grpo_task.reward, **options):
     config = dict(
         per_device_train_batch_size=8,
         gradient_accumulation_steps=2,
@@ -53,7 +62,7 @@ def make_trainer(tmp_path, cls=FusedGRPOTrainer, optimizer=None, objective=None,
     model = grpo_task.make_model(tokenizer, hidden_size=16, layers=1)
     return cls(
         model=model,
-        reward_funcs=grpo_task.reward,
+        reward_funcs=reward,
         args=GRPOConfig(**config),
         train_dataset=Dataset.from_list(grpo_task.make_rows(64, seed=0)),
         processing_class=tokenizer,
@@ -321,3 +330,200 @@ def test_overshoot_callback_refusals(tmp_path):
     trainer.add_callback(OvershootCallback())
     with pytest.raises(RuntimeError, match="FusedGRPOTrainer"):
         trainer.train()
+
+
+# ---------------------------------------------------------------- the optimizer alone, in TRL's own trainer
+
+
+@pytest.mark.parametrize("way", ["optimizers", "optimizer_cls_and_kwargs"])
+def test_plain_grpo_trainer_takes_the_optimizer(tmp_path, way):
+    """TRL's own loss, and the optimizer's clip in the place of `clip_grad_norm_`; 8 steps as against AdamW's."""
+    adamw = dict(lr=1e-3, weight_decay=0.0)
+    options = dict(loss_type="dapo", weight_decay=0.0)
+    theirs = make_trainer(tmp_path, GRPOTrainer, max_grad_norm=0.05, **options)
+    theirs.train()
+    ours = make_trainer(
+        tmp_path,
+        GRPOTrainer,
+        (lambda ps: fca.FusedClipAdamW(ps, **adamw, grad_clip=0.05)) if way == "optimizers" else None,
+        max_grad_norm=0,
+        **options,
+    )
+    if way == "optimizer_cls_and_kwargs":  # GRPOTrainer's constructor does not take it, the Trainer below reads it
+        ours.optimizer_cls_and_kwargs = (fca.FusedClipAdamW, {"lr": 1e-3, "grad_clip": 0.05})
+    ours.train()
+    optimizer = clip_aware_optimizer(ours.optimizer)
+    assert isinstance(optimizer, fca.FusedClipAdamW)
+    assert len(optimizer.param_groups) == (1 if way == "optimizers" else 2), "the decay groups"
+    for mine, reference in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, reference, rtol=0, atol=2e-5)  # as above
+    norms = [row["grad_norm"] for row in ours.state.log_history if "loss" in row]
+    assert len(norms) == 8 and min(norms) > 0.05, "the clip must act"
+
+
+def test_two_clips_are_refused(tmp_path):
+    trainer = make_trainer(
+        tmp_path, optimizer=lambda ps: fca.FusedClipAdamW(ps, grad_clip=0.5), loss_type="dapo", max_grad_norm=1.0
+    )
+    with pytest.raises(ValueError, match=r"max_grad_norm=1.0 .*GlobalNorm"):
+        trainer.train()
+
+
+# ---------------------------------------------------------------- training
+
+
+def share_of_sevens(completions, **_):
+    return [completion.split().count("7") / grpo_task.COMPLETION_LENGTH for completion in completions]
+
+
+def test_reward_rises(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        optimizer=lambda ps: fca.FusedClipAdamW(ps, lr=1e-2, weight_decay=0.0, grad_clip=1.0, overshoot="align"),
+        loss_type="dapo",
+        per_device_train_batch_size=16,
+        gradient_accumulation_steps=1,
+        steps_per_generation=2,
+        num_generations=8,
+        max_grad_norm=0,
+        max_steps=40,
+        reward=share_of_sevens,
+    )
+    trainer.train()
+    logs = [row for row in trainer.state.log_history if "loss" in row]
+    rewards = [row["reward"] for row in logs if "reward" in row]
+    # Ten rollouts of 32 completions. A policy that does not learn stays at 1 / 13; seeds 0 to 2 end at 0.4 to 0.7.
+    assert len(rewards) == 10 and statistics.fmean(rewards[:3]) < 0.15
+    assert statistics.fmean(rewards[-3:]) > 0.3
+    assert max(row["clip_ratio/region_mean"] for row in logs) > 0.01, "the clip must act"
+
+
+# ---------------------------------------------------------------- statistics and checkpoints
+
+# Clips what is above its moving mean, more or less every second step.
+ZCLIP = fca.ZClip(alpha=0.5, warmup=3, z_threshold=0.1, max_norm=None, mode="mean")
+
+
+def remembering(params):
+    return fca.FusedClipAdamW(params, lr=1e-2, grad_clip=ZCLIP, overshoot=("brake", "cautious"))
+
+
+def test_statistics_reach_a_rule_that_reads_them(tmp_path, monkeypatch):
+    def train(overshoot):
+        trainer = make_trainer(
+            tmp_path, optimizer=lambda ps: fca.FusedClipAdamW(ps, lr=1e-2, overshoot=overshoot), loss_type="dapo"
+        )
+        trainer.train()
+        return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+    braked, plain = train("brake"), train(None)
+    monkeypatch.setattr(fca.FusedClipAdamW, "observe", lambda *_: None)
+    unfed = train("brake")
+    # A brake that has seen nothing is AdamW with its moments weighed by the same numbers in another way.
+    torch.testing.assert_close(unfed, plain, rtol=0, atol=1e-4)
+    assert float((braked - plain).abs().max()) > 1e-2
+
+
+def resumable(folder):
+    return make_trainer(
+        folder,
+        optimizer=remembering,
+        loss_type="dapo",
+        max_grad_norm=0,
+        max_steps=12,
+        save_strategy="steps",
+        save_steps=4,  # a rollout: TRL keeps none in a checkpoint
+    )
+
+
+def test_resumes_bit_for_bit(tmp_path):
+    whole = resumable(tmp_path)
+    whole.train()
+    resumed = resumable(tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    for p, q in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+    one, other = (clip_aware_optimizer(trainer.optimizer).state_dict() for trainer in (resumed, whole))
+    torch.testing.assert_close(one["state"], other["state"], rtol=0, atol=0)
+    one, other = (state["param_groups"][0]["fused_clip_adam"] for state in (one, other))
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+    # The same checkpoint without the rule's memory goes elsewhere: the comparison above can fail.
+    forgetful = tmp_path / "forgetful"
+    shutil.copytree(tmp_path / "checkpoint-4", forgetful)
+    state = torch.load(forgetful / "optimizer.pt", weights_only=True)
+    del state["param_groups"][0]["fused_clip_adam"]
+    torch.save(state, forgetful / "optimizer.pt")
+    resumed = resumable(tmp_path)
+    resumed.train(resume_from_checkpoint=str(forgetful))
+    pairs = zip(resumed.model.parameters(), whole.model.parameters(), strict=True)
+    assert not all(torch.equal(p, q) for p, q in pairs)
+
+
+# ---------------------------------------------------------------- two processes
+
+
+def rank_of_two(folder):
+    """What each of the two processes of the test below runs: one training as it is, one that sums nothing up."""
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    all_reduce = fca.ClipStats.all_reduce
+    record = {}
+    for name in ("summed", "alone"):
+        own, observed = [], []
+
+        def reduced(stats, group=None, own=own, name=name):
+            own.append(stats.to_dict())
+            return stats if name == "alone" else all_reduce(stats, group)
+
+        class Watched(fca.FusedClipAdamW):
+            def observe(self, stats, observed=observed):
+                observed.append(stats.to_dict())
+                super().observe(stats)
+
+        fca.ClipStats.all_reduce = reduced
+        trainer = make_trainer(
+            folder / f"{name}-{rank}",
+            optimizer=lambda ps, cls=Watched: cls(ps, lr=1e-2, grad_clip=ZCLIP, overshoot="brake"),
+            loss_type="dapo",
+            max_grad_norm=0,
+            ddp_backend="gloo",
+        )
+        trainer.train()
+        optimizer = clip_aware_optimizer(trainer.optimizer)
+        record[name] = {
+            "weights": torch.cat([p.detach().flatten() for p in trainer.model.parameters()]),
+            "state": optimizer.state_dict()["state"],
+            "memory": optimizer.state_dict()["param_groups"][0]["fused_clip_adam"],
+            "own": own,
+            "observed": observed,
+            "world_size": trainer.accelerator.num_processes,
+            "norms": [row["grad_norm"] for row in trainer.state.log_history if "loss" in row],
+        }
+    torch.save(record, folder / f"{rank}.pt")
+
+
+def test_two_processes_stay_identical(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, __file__, str(tmp_path)], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    one, other = first["summed"], second["summed"]
+    assert one["world_size"] == 2 and len(one["observed"]) == 8 * 2, "once per micro-batch"
+    for name in ("weights", "state", "memory", "observed", "norms"):
+        torch.testing.assert_close(
+            one[name], other[name], rtol=0, atol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    for mine, theirs, total in zip(one["own"], other["own"], one["observed"], strict=True):
+        for name in ("tokens", "suppressed_mass", "total_mass", "clipped_low", "clipped_high"):
+            assert total[name] == pytest.approx(mine[name] + theirs[name], rel=1e-6), name
+    assert any(mine["suppressed_mass"] != theirs["suppressed_mass"] for mine, theirs in zip(one["own"], other["own"]))
+    # Where each rank acts on its own statistics the weights part: the comparison above can fail.
+    assert not torch.equal(first["alone"]["weights"], second["alone"]["weights"])
+
+
+if __name__ == "__main__":
+    rank_of_two(Path(sys.argv[1]))

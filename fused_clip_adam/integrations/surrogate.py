@@ -3,16 +3,15 @@
     trainer's log-probabilities -> `attach` -> the same numbers, but their gradient is policy_loss's
         -> trainer's own loss and backward -> `optimizer.observe(stats)` -> trainer's own optimizer step
 
-No trainer is imported here; sb3.py and rsl_rl.py use it.
+No trainer is imported here; stable_baselines3.py and rsl_rl.py use it.
 """
 
-import math
 from contextlib import contextmanager
 
 import torch
 
 import fused_clip_adam as fca
-from fused_clip_adam.rules import as_grad_clip, grad_clip_rules
+from fused_clip_adam.integrations.clipping import refuse_second_clip
 
 # What the trainers here can hand to an objective beside log-probabilities and advantages.
 AVAILABLE_INPUTS = ("entropy",)
@@ -183,9 +182,7 @@ def check_objective(objective):
 
 
 def check_clip(optimizer, max_grad_norm):
-    """Refuses a trainer's `max_grad_norm` that zeroes every gradient, or clips before a `grad_clip` that scales them.
-
-    Rules that act on single elements or on the update (`SpikeClip`, `UpdateRMS`, `InducedMetric`) go with any clip.
+    """Refuses a `max_grad_norm` that zeroes every gradient, or clips before a `grad_clip`: see `refuse_second_clip`.
 
     Raises:
         TypeError, ValueError: names max_grad_norm, its value and what is accepted.
@@ -195,13 +192,7 @@ def check_clip(optimizer, max_grad_norm):
         raise TypeError(f"max_grad_norm must be a number, got {max_grad_norm!r}; {accepted}")
     if not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm={max_grad_norm!r} would set every gradient to zero or NaN; {accepted}")
-    for group in optimizer.param_groups:
-        for rule in grad_clip_rules(as_grad_clip(group.get("grad_clip"))):
-            if "gradient" in rule.parts and max_grad_norm < math.inf:
-                raise ValueError(
-                    f"max_grad_norm={max_grad_norm!r} clips what the optimizer's grad_clip={rule} is to clip; "
-                    "accepted: max_grad_norm=float('inf') with grad_clip, or max_grad_norm with grad_clip=None"
-                )
+    refuse_second_clip(optimizer, "max_grad_norm", max_grad_norm, off="float('inf')")
 
 
 def symmetric_clip(clip):

@@ -7,6 +7,7 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 import fused_clip_adam as fca
+from fused_clip_adam.integrations.transformers import FusedTrainerMixin, clip_aware_optimizer
 from fused_clip_adam.monitor import OvershootMonitor, require_matplotlib
 
 # TRL's loss_type -> how our objective adds up its tokens.
@@ -36,7 +37,7 @@ FORWARD_KEYS = (
 )
 
 
-class FusedGRPOTrainer(GRPOTrainer):
+class FusedGRPOTrainer(FusedTrainerMixin, GRPOTrainer):
     """GRPOTrainer with its loss replaced by `fca.policy_loss`; same gradient, plus clip statistics for the optimizer.
 
     TRL's forward -> `fca.policy_loss` -> `optimizer.observe(stats)` and the metrics -> the loss TRL backpropagates.
@@ -62,12 +63,12 @@ class FusedGRPOTrainer(GRPOTrainer):
     Note:
         TRL reuses rollouts, and so clips, only if `num_iterations >= 2` or
         `steps_per_generation > gradient_accumulation_steps`. Otherwise every ratio is exactly 1.
-        With `grad_clip` in the optimizer set `max_grad_norm=0` (None is a TypeError in the Trainer). The base Trainer
-        would then still run a clip with an infinite threshold, only to log the norm; this class logs the optimizer's
-        own `grad_norm` and skips that pass.
+        With `grad_clip` in the optimizer set `max_grad_norm=0` (None is a TypeError in the Trainer). What is logged is
+        the optimizer's own `grad_norm`, see `FusedTrainerMixin`.
 
     Raises:
-        ValueError: a `loss_type` or an option that this loss does not implement, by name and value.
+        ValueError: a `loss_type` or an option that this loss does not implement, by name and value. At the first step,
+            as `FusedTrainerMixin`.
 
     Source: TRL 1.16, `GRPOTrainer._compute_loss`.
     """
@@ -235,17 +236,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         for name, value in values.items():
             self._metrics[mode][name].append(float(value))
 
-    def _get_grad_norm(self, model, grad_norm=None):
-        # Only with max_grad_norm=0 does the Trainer come here without a norm. Its own way to one multiplies every
-        # gradient by 1.0 (and by NaN if the norm is infinite); the optimizer is about to compute the same norm.
-        if grad_norm is None and clip_aware_optimizer(self.optimizer) is not None:
-            return None  # log() adds it
-        return super()._get_grad_norm(model, grad_norm=grad_norm)
-
     def log(self, logs, *args, **kwargs):
-        optimizer = clip_aware_optimizer(self.optimizer)
-        if "loss" in logs and "grad_norm" not in logs and optimizer is not None:
-            logs["grad_norm"] = float(optimizer.grad_norm)
         if "loss" in logs:
             for callback in self._overshoot_callbacks():
                 logs.update(callback.numbers())
@@ -332,13 +323,6 @@ class OvershootCallback(TrainerCallback):
                 self.monitor.figure(folder / "overshoot.png")
         if self._owns:
             self.monitor.close()
-
-
-def clip_aware_optimizer(optimizer):
-    """The optimizer that has `observe`, out of accelerate's (or DeepSpeed's) wrappers; None if there is none."""
-    while optimizer is not None and not hasattr(optimizer, "observe"):
-        optimizer = getattr(optimizer, "optimizer", None)
-    return optimizer
 
 
 def overshoot(logp, old_logp, advantages, mask, objective):
