@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import gpu_harness
+from benchmarks import gpu_harness, gpu_offload
 from benchmarks.gpu_harness import COPY, FRACTION, Copy, CpuClock, DeviceClock, HostClock
 from benchmarks.gpu_peers import (
     CHUNKS,
@@ -165,7 +165,10 @@ class ScoreCase:
         return fca.theory.bytes_per_element(grad=self.score_dtype.itemsize, samples=self.samples)
 
 
-def _cases() -> dict[str, Case | LossCase | ScoreCase]:
+AnyCase = Case | LossCase | ScoreCase | gpu_offload.OffloadCase
+
+
+def _cases() -> dict[str, AnyCase]:
     """In the order of their weight: the time may not do for all."""
     bfloat16 = torch.bfloat16
     mixed = {"dtype": bfloat16, "state_dtype": torch.float32}
@@ -208,6 +211,7 @@ def _cases() -> dict[str, Case | LossCase | ScoreCase]:
         "objective-logits": logits,
         "step-rules-cuda": by_rule.pop("step-rules-cuda"),
         **scores,
+        **gpu_offload.CASES,
         **clipped,
         "objective-logits-entropy": with_bonus,
         "objective-ppo": LossCase("PPO loss, gradient and statistics", "ppo"),
@@ -461,15 +465,15 @@ class Comparison:
     facts: dict
 
 
-def measure(
-    case: Case | LossCase | ScoreCase, device: str, quick: bool, budget_s: float, progress: Callable[[str], None]
-) -> dict:
+def measure(case: AnyCase, device: str, quick: bool, budget_s: float, progress: Callable[[str], None]) -> dict:
     """Candidates -> same work checked, small and at full size -> device times and host times, in alternation.
 
     Raises:
         AssertionError: a candidate of ours does other work than it should.
         RuntimeError: no backend of ours can run here.
     """
+    if isinstance(case, gpu_offload.OffloadCase):  # whose step is the host's too
+        return gpu_offload.measure(case, device, quick, budget_s, progress)
     begin = time.perf_counter()
     clock = gpu_harness.make_clock(device)
     say = lambda text: progress(f"{case.title}: {text}")  # noqa: E731
@@ -804,6 +808,8 @@ def _targets(case: Case | LossCase | ScoreCase, baseline: str, rows: dict[str, d
 
 def table(result: dict) -> str:
     """A case's lines: ratio, ceiling, device and host times; a target says met or MISSED."""
+    if result.get("offload"):
+        return gpu_offload.table(result)
     ceiling = result["ceiling"]["gigabytes_per_second"]
     lines = [
         f"\n{result['title']}\n  [{result['rounds']} rounds, copy {ceiling:,.0f} GB/s, {result['case_seconds']:.0f} s]",

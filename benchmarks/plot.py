@@ -139,8 +139,8 @@ def readme_table(results: list[dict]) -> str:
 
 
 def _without_rules(results: list[dict]) -> list[dict]:
-    """Comparisons with peers: those of rules with rules have tables of their own."""
-    return [result for result in results if not result.get("rules_of")]
+    """Comparisons with peers: those of rules with rules, and of steps on the host, have tables of their own."""
+    return [result for result in results if not result.get("rules_of") and not result.get("offload")]
 
 
 def _rule_rows(result: dict) -> list[str]:
@@ -169,14 +169,15 @@ NO_GPU = "Not yet measured on a GPU."
 def readme_gpu_section(results: list[dict], figure: str | None) -> str:
     """Markdown: a heading, a table of cases, a table of rules, and the targets that were missed."""
     machine = max((result["machine"] for result in results), key=lambda m: m["date"])
-    copies = sorted(result["ceiling"]["gigabytes_per_second"] for result in results)
+    on_device = [result for result in results if not result.get("offload")]
+    copies = sorted(result["ceiling"]["gigabytes_per_second"] for result in on_device)
+    compared = _without_rules(results)
     others = sorted(
-        {name for r in results if not r["rules_of"] for name in r["candidates"]}
+        {name for r in compared for name in r["candidates"]}
         - {*README_GPU_PEERS.values(), *CEILINGS, *(r["baseline"] for r in results)}
     )
     # A column for whoever took part anywhere; ours by Triton is one of them unless it is the baseline.
     columns = {**README_GPU_PEERS, **{name: name for name in others}}
-    compared = [result for result in results if not result["rules_of"]]
     columns = {
         column: name
         for column, name in columns.items()
@@ -187,11 +188,14 @@ def readme_gpu_section(results: list[dict], figure: str | None) -> str:
         "",
         f"Driver {machine['driver']}, CUDA {machine['cuda']}, torch {machine['torch']}, Triton {machine['triton']}, "
         f"{machine['date']}; commit {', '.join(sorted({r['machine']['commit'] for r in results}))}, sources "
-        f"{', '.join(sorted({r['machine']['sources'] for r in results}))}. "
-        f"`{compared[0]['baseline'] if compared else results[0]['baseline']}` in milliseconds on the device, its "
-        "bytes/s of a copy's in the same run, and a peer's time over it, median of paired rounds (p20 to p80): above "
-        f"1 ours is faster. The copy moved {copies[len(copies) // 2]:,.0f} GB/s, reads plus writes (median of cases).",
+        f"{', '.join(sorted({r['machine']['sources'] for r in results}))}.",
     ]
+    if on_device:
+        lines[-1] += (
+            f" `{(compared or on_device)[0]['baseline']}` in milliseconds on the device, its bytes/s of a copy's in "
+            "the same run, and a peer's time over it, median of paired rounds (p20 to p80): above 1 ours is faster. "
+            f"The copy moved {copies[len(copies) // 2]:,.0f} GB/s, reads plus writes (median of cases)."
+        )
     if compared:
         header = ["case", "ms", "bytes/s of the copy's", *columns, "host us, ours", "host us, AdamW(fused)"]
         lines += [
@@ -213,10 +217,33 @@ def readme_gpu_section(results: list[dict], figure: str | None) -> str:
         for result in by_rule:
             cells = [_ratio(result["candidates"].get(rule)) for rule in rules]
             lines.append(f"| {result['rules_of']}, {result['elements']:,} elements | {' | '.join(cells)} |")
+    if offloaded := [result for result in results if result.get("offload")]:
+        lines += ["", *_offload_rows(offloaded)]
     lines += ["", _targets_sentence(results)]
     if figure is not None:
         lines += ["", f"![ratios to peers and share of the copy bandwidth, {machine['gpu']}]({figure})"]
     return "\n".join(lines)
+
+
+def _offload_rows(results: list[dict]) -> list[str]:
+    """Steps on the host: their time, what of it the longest ceiling takes, the serial way's, and the ceilings."""
+    ceilings = list(results[0]["gigabytes_per_second"])
+    peers = [name for name in results[0]["candidates"] if name not in (results[0]["baseline"], *ceilings)]
+    names = [f"{name.removesuffix(' (ceiling)')}, GB/s" for name in ceilings]
+    lines = [
+        'Moments and step on the host, `offload="cpu"`: milliseconds from an idle device to an idle device, what of '
+        "them the longest of the three ceilings takes alone, and the time of the same work without overlap over ours.",
+        "",
+        f"| case | ms | longest ceiling's share | {' | '.join([*peers, *names])} |",
+        "|---|" + "---|" * (2 + len(peers) + len(names)),
+    ]
+    for result in results:
+        own = result["candidates"][result["baseline"]]
+        cells = [result["title"], f"{own['seconds']['p50'] * 1e3:.2f}", f"{own[COPY_FRACTION]['p50']:.0%}"]
+        cells += [_ratio(result["candidates"].get(name)) for name in peers]
+        cells += [f"{result['gigabytes_per_second'][name]:.0f}" for name in ceilings]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def _gpu_cells(result: dict, columns: dict[str, str]) -> list[str]:

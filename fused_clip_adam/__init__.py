@@ -41,6 +41,7 @@ from fused_clip_adam.objectives import (
 )
 from fused_clip_adam.optimizer import FusedClipAdam, FusedClipAdamW, FusedFAdam
 from fused_clip_adam.per_sample import MicroBatchGradients, per_sample_scores
+from fused_clip_adam.planner import Plan, plan
 from fused_clip_adam.rules import (
     AGC,
     AdaGC,
@@ -103,6 +104,8 @@ __all__ = [
     "FusedFAdam",
     "MicroBatchGradients",
     "per_sample_scores",
+    "Plan",
+    "plan",
     "step_in_backward",
     "AGC",
     "AdaGC",

@@ -73,6 +73,9 @@ def collect(
             if is_spread(owner):
                 name, where = f'param_groups[{index}]["params"][{position}]', (owner.device_mesh, owner.placements)
                 p, grad = local(owner), local_gradient(name, owner, grad)
+            elif is_spread(grad):
+                name = f'param_groups[{index}]["params"][{position}]'
+                raise TypeError(f"{name} is a {type(owner).__name__}, its gradient a DTensor; accepted: a plain tensor")
             # Everything a kind of tensor can be refused for is in `kind`, so it is checked once a kind, and a model of
             # one kind pays one comparison a parameter.
             kind = (type(p), p.dtype, grad.dtype, p.device, grad.device, grad.layout, where)

@@ -76,8 +76,16 @@ def local_gradient(name: str, p: Tensor, grad: Tensor) -> Tensor:
     if grad.device_mesh != p.device_mesh:
         raise ValueError(f"{name} is on {p.device_mesh}, its gradient on {grad.device_mesh}")
     if grad.placements != p.placements:
+        spread_of(name, p)  # refuses a parameter that is a partial sum, into which nothing can be redistributed
         grad = grad.redistribute(placements=p.placements)
     return local(grad)
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device, without waiting for the copy, but for one to the host, which may read it at once."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=device.type != "cpu")
 
 
 def group_name(argument: str, group: Any) -> str | None:
@@ -134,6 +142,7 @@ class Ranks:
         self._of = [list(group["params"]) for group in param_groups]
         self._positions: list[dict[Spread, list[int]]] = []  # of every group's DTensors in it
         self._indices: dict[tuple, Tensor] = {}
+        self._rows: dict[tuple[int, Spread], tuple] = {}  # see _rows_of
         devices: dict[Any, set[str]] = {}
         last: tuple = ()
         spread: Spread | None = None
@@ -159,6 +168,9 @@ class Ranks:
         for spread, types in devices.items():
             for at, _ in spread.cuts:
                 self._check_backend(spread.mesh.get_group(at), types, "parameters are")
+        types = {local(p).device.type for params in self._of for p in params}
+        for group in (self.shard_group, self.data_group):
+            self._check_backend(group, types, "parameters are")
 
     @staticmethod
     def _check_backend(group: Any, types: set[str], what: str) -> None:
@@ -187,13 +199,13 @@ class Ranks:
         by_spread: dict[Spread | None, Tensor] = {}
         for spread, value in sums:
             before = by_spread.get(spread)
-            by_spread[spread] = value if before is None else before + value.to(before.device, non_blocking=True)
+            by_spread[spread] = value if before is None else before + moved(value, before.device)
         out = by_spread.pop(None, None)
-        out = torch.zeros((), dtype=torch.float64, device=device) if out is None else out.to(device, non_blocking=True)
+        out = torch.zeros((), dtype=torch.float64, device=device) if out is None else moved(out, device)
         for spread in self.spreads:
             value = by_spread.get(spread)
             value = torch.zeros_like(out) if value is None else value.clone()
-            out = out + self._over(spread, value).to(device, non_blocking=True)
+            out = out + moved(self._over(spread, value), device)
         if self.shard_group is not None:
             _all_reduce(out := out.clone(), self.shard_group)
         return out
@@ -240,7 +252,7 @@ class Ranks:
             if missing:  # another rank may have one
                 gone = torch.zeros(len(values), dtype=torch.bool, device="cpu")
                 gone[missing] = True
-                gone = gone.to(values.device, non_blocking=True)
+                gone = moved(gone, values.device)
                 gone = (gone if whole else gone.index_select(0, at)).reshape(-1, *[1] * (own.dim() - 1))
                 own.masked_fill_(gone, 0.0)
             self._over(spread, own, largest)
@@ -249,32 +261,58 @@ class Ranks:
             values = own if whole else values.index_copy(0, at, own)
         return values
 
-    def by_row(self, batch: Any, values: Tensor) -> Tensor:
-        """Sums of every output row of a batch's tensors, [rows, k], over the parts that ranks have of each row."""
-        cuts = [] if batch.spread is None else batch.spread.cuts
-        # A cut along the first dimension leaves the rows of a matrix whole; a vector is one row.
-        rows = [p.shape[0] if p.dim() > 1 else 1 for p in batch.params]
-        is_cut = [[dim > 0 or p.dim() < 2 for p in batch.params] for _, dim in cuts]
-        if not any(any(of_tensors) for of_tensors in is_cut):
-            return values
+    def by_row(self, group: int, own: list[tuple[Any, Tensor]], device: torch.device) -> list[Tensor]:
+        """Sums of every output row of the tensors of a parameter group, over the parts that ranks have of each row.
 
-        def index(what: str, tensors: list[bool]) -> Tensor:
-            def of_rows() -> list[int]:
-                ends = itertools.accumulate(rows)
-                return [r for n, end, use in zip(rows, ends, tensors) if use for r in range(end - n, end)]
+        Args:
+            own: the group's batches here and their sums, float64 [rows, 2]. A rank may have none: others have them.
+            device: of the sums where there are none.
 
-            return self._index((what, batch.group, batch.spread, tuple(batch.positions)), of_rows, values.device)
+        Returns:
+            The same sums, of all ranks.
+        """
+        out = [values for _, values in own]
+        for spread in self._positions[group]:
+            rows, cuts = self._rows_of(group, spread)
+            if not cuts:
+                continue
+            here: list[tuple[int, Tensor]] = []  # of which of `own`, the places of its rows
+            every = torch.zeros(sum(rows.values()), 2, dtype=torch.float64, device=device)
+            for i, (batch, values) in enumerate(own):
+                if batch.spread == spread:
+                    # A rank may have nothing of a row, and then has no place for it in `values`.
+                    present = [at for at, p in zip(batch.positions, batch.params) if p.numel() > 0]
+                    here.append((i, self._places(group, spread, present, values.device)))
+                    every = moved(every, values.device).index_copy_(0, here[-1][1], values)
+            for at, cut in cuts:
+                places = self._places(group, spread, cut, every.device)
+                sums = every.index_select(0, places)
+                _all_reduce(sums, spread.mesh.get_group(at))
+                every.index_copy_(0, places, sums)
+            for i, places in here:
+                out[i] = moved(every, places.device).index_select(0, places)
+        return out
 
-        # A rank may have nothing of a row, and then has no place for it in `values`.
-        present = index("present", [p.numel() > 0 for p in batch.params])
-        every = values.new_zeros(sum(rows), values.shape[1]).index_copy_(0, present, values)
-        for (at, _), of_tensors in zip(cuts, is_cut):
-            if any(of_tensors):
-                chosen = index(f"cut {at}", of_tensors)
-                own = every.index_select(0, chosen)
-                _all_reduce(own, batch.spread.mesh.get_group(at))
-                every.index_copy_(0, chosen, own)
-        return every.index_select(0, present)
+    def _rows_of(self, group: int, spread: Spread) -> tuple[dict[int, int], list[tuple[int, list[int]]]]:
+        """Of a group's tensors that lie so: their output rows here, by position; and (dimension of the mesh, positions)
+        of those whose rows it cuts. A cut along the first dimension leaves the rows of a matrix whole; a vector is one.
+        """
+        if (group, spread) not in self._rows:
+            of = [(at, local(self._of[group][at])) for at in self._positions[group][spread]]
+            rows = {at: p.shape[0] if p.dim() > 1 else 1 for at, p in of}
+            cuts = [(on, [at for at, p in of if dim > 0 or p.dim() < 2]) for on, dim in spread.cuts]
+            self._rows[group, spread] = rows, [(on, cut) for on, cut in cuts if cut]
+        return self._rows[group, spread]
+
+    def _places(self, group: int, spread: Spread, chosen: list[int], device: torch.device) -> Tensor:
+        """Of the rows of the chosen positions, among those of all: int64."""
+
+        def of_rows() -> list[int]:
+            rows, use = self._rows_of(group, spread)[0], set(chosen)
+            ends = itertools.accumulate(rows.values())
+            return [row for (at, n), end in zip(rows.items(), ends) if at in use for row in range(end - n, end)]
+
+        return self._index(("rows", group, spread, tuple(chosen)), of_rows, device)
 
     def _over(self, spread: Spread, value: Tensor, largest: bool = False) -> Tensor:
         """In place, over the ranks that hold other parts."""
@@ -286,7 +324,7 @@ class Ranks:
         key = (*key, device)
         if key not in self._indices:
             own = torch.tensor(positions(), dtype=torch.int64, device="cpu")
-            self._indices[key] = own.to(device, non_blocking=True)
+            self._indices[key] = moved(own, device)
         return self._indices[key]
 
 

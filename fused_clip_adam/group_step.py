@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fused_clip_adam.backends import scalars
 from fused_clip_adam.batches import Batch
-from fused_clip_adam.distributed import Ranks, Spread
+from fused_clip_adam.distributed import Ranks, Spread, moved
 
 
 @dataclasses.dataclass
@@ -221,12 +221,14 @@ class GroupStep:
 
     def scale_rows(self, factors: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Scales the gradient of every output row by `factors(gradient norms, parameter norms)`, float64 [rows]."""
-        for part, at, batch in self._own():
-            sums = part.backend.unit_sums(part.placed, at)
-            if self.facts.ranks is not None:
-                sums = self.facts.ranks.by_row(batch, sums)
-            sums = sums.sqrt()
-            part.unit_factors[at] = factors(sums[:, 0] * self.unscale, sums[:, 1])
+        own = list(self._own())
+        sums = [part.backend.unit_sums(part.placed, at) for part, at, _ in own]
+        if self.facts.ranks is not None:
+            batches = [batch for _, _, batch in own]
+            sums = self.facts.ranks.by_row(self.index, list(zip(batches, sums)), self.device)
+        for (part, at, _), squares in zip(own, sums):
+            norms = squares.sqrt()
+            part.unit_factors[at] = factors(norms[:, 0] * self.unscale, norms[:, 1])
 
     # ------------------------------------------------------------ scalars of tensors
 
@@ -294,15 +296,8 @@ class GroupStep:
         return out
 
     def _scattered(self, value: Tensor, part: Part, at: int) -> Tensor:
-        value = value.to(part.device, non_blocking=True)
+        value = moved(value, part.device)
         positions = self._layout_of(part, at).positions if value.dim() else None
         if positions is not None:
             return value.index_select(0, positions)
         return value[: len(part.batches[at].params)] if value.dim() else value
-
-
-def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device, without waiting for the copy, but for one to the host, which may read it at once."""
-    if tensor.device.type == "cpu" and device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=device.type != "cpu")

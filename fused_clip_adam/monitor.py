@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fused_clip_adam.backends import reference_objective as rules
-from fused_clip_adam.distributed import local
+from fused_clip_adam.distributed import local, moved
 from fused_clip_adam.objectives.cispo import CISPO
 from fused_clip_adam.objectives.dcpo import DCPO
 from fused_clip_adam.objectives.flow import GRPOGuard
@@ -213,9 +213,9 @@ class OvershootMonitor:
                 f"observe was given {SOURCES[source] or 'no log_probs'} but {SOURCES[self._source] or 'no log_probs'} "
                 "before, in the same row; hand over the same each time"
             )
-        excess = None if logp is None else _to(self._excess_of(logp, old_logp, advantages, mask), self.device)
+        excess = None if logp is None else moved(self._excess_of(logp, old_logp, advantages, mask), self.device)
         self._source = source
-        self._stats = _merge_stats(self._stats, _to(stats.buffer.detach(), self.device).double())
+        self._stats = _merge_stats(self._stats, moved(stats.buffer.detach(), self.device).double())
         if excess is not None:
             self._excess = excess if self._excess is None else _merge_excess(self._excess, excess)
 
@@ -286,11 +286,11 @@ class OvershootMonitor:
             p, _ = self._params[index]
             if p.grad is not None or closure is not None:
                 step = self.opt.state.get(p, {}).get("step")
-                step = torch.zeros((), device=p.device) if step is None else _to(step, p.device)
+                step = torch.zeros((), device=p.device) if step is None else moved(step, p.device)
                 step = step.to(torch.float64, copy=True)  # the optimizer counts in place
                 self._before[at] = (local(p.detach()).clone(), step)
         skipped = getattr(opt, "step_count_skipped", None)
-        self._skipped_before = None if skipped is None else _to(skipped, self.device).double()
+        self._skipped_before = None if skipped is None else moved(skipped, self.device).double()
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -299,11 +299,11 @@ class OvershootMonitor:
         for at, (before, step) in self._before.items():
             sums = self._coast_of(at, before, step)
             if sums is not None:
-                sums = _to(sums, self.device)
+                sums = moved(sums, self.device)
                 self._sums[at] = sums if self._sums[at] is None else self._sums[at] + sums
         self._before.clear()
         if self._skipped_before is not None:
-            now = _to(opt.step_count_skipped, self.device).double()
+            now = moved(opt.step_count_skipped, self.device).double()
             self._skipped = now - self._skipped_before + (0.0 if self._skipped is None else self._skipped)
         if self._steps % self.every == 0:
             self._write_row()
@@ -349,8 +349,9 @@ class OvershootMonitor:
                 each.append(unknown)
             else:
                 sign = -1.0 if group["maximize"] else 1.0
-                sums = kept_sums(local(m.detach()), local(p.grad.detach()), self.block, sign)
-                each.append(_to(sums, self.device))
+                m = local(m.detach()).to(p.device)  # with offload="cpu" it is on the host
+                sums = kept_sums(m, local(p.grad.detach()), self.block, sign)
+                each.append(moved(sums, self.device))
         table = torch.stack(each)
         total = table.nansum(0)
         return (table[:, 0::2] / table[:, 1::2]).float(), total[0::2] / total[1::2]
@@ -363,22 +364,20 @@ class OvershootMonitor:
         if p.grad is None or not own or _is_coupled(group):
             return None
         memory, p, g = self._memory[at], local(p.detach()), local(p.grad.detach())
-        step = _to(own["step"], p.device).double()
-        moved = step > step_before
+        step = moved(own["step"], p.device).double()
+        stepped = step > step_before
         # Counters that were reset, or loaded, say nothing about the gradients the references are of.
         last = torch.where(step_before == memory.step, memory.last.double(), 0.0)
         lr = group["lr"]
-        lr = _to(lr.detach(), p.device).double() if isinstance(lr, Tensor) else lr
+        lr = moved(lr.detach(), p.device).double() if isinstance(lr, Tensor) else lr
         update = ((1 - lr * group["weight_decay"]) * before.double() - p.double()) / lr
 
         has_gradient, measured = g != 0, update.isfinite()  # with lr = 0 nothing is
-        coasting = ~has_gradient & (last > 0) & moved & measured
+        coasting = ~has_gradient & (last > 0) & stepped & measured
         beta1, beta2 = (float(beta) for beta in group["betas"])
-        v_used = own["max_exp_avg_sq"] if group["amsgrad"] else own["exp_avg_sq"]
+        v_used = local((own["max_exp_avg_sq"] if group["amsgrad"] else own["exp_avg_sq"]).detach()).to(p.device)
         k = step - last
-        ratio = residual_ratios(
-            k, last, local(v_used.detach()).double(), beta1, beta2, group["eps"], stays=group["amsgrad"], now=step
-        )
+        ratio = residual_ratios(k, last, v_used.double(), beta1, beta2, group["eps"], stays=group["amsgrad"], now=step)
 
         def total(values: Tensor) -> Tensor:
             return torch.where(coasting, values, 0.0).sum()
@@ -391,10 +390,10 @@ class OvershootMonitor:
                 total((ratio * memory.update).square()),
                 total(memory.update.square()),
                 total(update.abs()),
-                torch.where(measured & moved, update.abs(), 0.0).sum(),
+                torch.where(measured & stepped, update.abs(), 0.0).sum(),
             ]
         )
-        fresh = has_gradient & moved
+        fresh = has_gradient & stepped
         memory.update.copy_(torch.where(fresh, update, memory.update))
         memory.last.copy_(torch.where(fresh, torch.where(measured, step, 0.0), last))
         memory.step.copy_(step)
@@ -833,13 +832,6 @@ def _at_least_one(name: str, value: Any, besides: str = "") -> None:
         raise TypeError(f"{name} must be an int of at least 1{besides}, got {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be an int of at least 1{besides}, got {value!r}")
-
-
-def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device, without waiting for the copy."""
-    if tensor.device.type == "cpu" and device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 def _copy(tensor: Tensor | None, device: torch.device | None = None) -> Tensor | None:

@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fused_clip_adam import backends
 from fused_clip_adam.backends.scalars import GROUP_SIGNALS
 from fused_clip_adam.batches import Batch, attach_states, collect
-from fused_clip_adam.distributed import Ranks, Spread, group_name, is_spread, local
-from fused_clip_adam.group_step import GroupStep, Layout, Part, StepFacts, layout, moved
+from fused_clip_adam.distributed import Ranks, Spread, group_name, is_spread, local, moved
+from fused_clip_adam.group_step import GroupStep, Layout, Part, StepFacts, layout
 from fused_clip_adam.in_backward import BackwardStep, Portion
 from fused_clip_adam.objectives.losses import check_logp, check_tensor, policy_loss
 from fused_clip_adam.objectives.objective import Objective
@@ -83,9 +83,10 @@ _EXTRAS_DOC = """
             on the CPU take the ordinary step.
         shard_group: None, or the ProcessGroup (or DeviceMesh of one dimension) whose ranks hold other parameters of the
             same model: ZeroRedundancyOptimizer, pipeline stages. Norms over all gradients, `skip_nonfinite` and
-            `found_inf` are then over all of its ranks, each of which must take every step. DTensors need none.
+            `found_inf` are then over all of its ranks, each of which must take every step. DTensors need none; beside
+            them it has one rank of each shard.
         data_group: None, or the group whose ranks have seen other data: what they `observe` is added up. None with
-            DTensors: their mesh.
+            DTensors: their mesh; with plain parameters: each rank acts on its own.
 
     `grad_clip`, `overshoot`, `reset`, the two forms and the numbers may also be set per param group, and changed
     between steps.
@@ -156,9 +157,12 @@ class _FusedClip:
         rules = {"grad_clip": grad_clip, "overshoot": overshoot, "reset": reset}
         self._default_rules = {key: _AS_RULE[key](value) for key, value in rules.items() if value is not None}
         self._default_forms = {name: True for name, value in forms.items() if value}
-        self._grad_square_sum = torch.zeros((), dtype=torch.float64, device="cpu")
-        self._steps_skipped = torch.zeros((), dtype=torch.int64, device="cpu")
-        self._observed: Tensor | None = None
+        # One dict, so that a wrapper with a copy of the attributes (Lightning's) still keeps the same books.
+        self._books: dict[str, Tensor | None] = {
+            "grad_square_sum": torch.zeros((), dtype=torch.float64, device="cpu"),
+            "steps_skipped": torch.zeros((), dtype=torch.int64, device="cpu"),
+            "observed": None,
+        }
         self._memory: dict[int, dict[str, Any]] = {}  # by group, and name of a rule: what it remembers
         self._kept: dict[torch.device, Any] = {}  # what `place` made for a device, for the next step
         self._layouts: dict[tuple[torch.device, int], Layout] = {}
@@ -365,7 +369,7 @@ class _FusedClip:
             self._check_group(index, group)
         given = samples.stacks if samples is not None else None if portion is None else portion.gradients
         batches = collect(self.param_groups, given, stacked=samples is not None)
-        ranks = self._ranks_of(batches)
+        ranks = self._ranks_of(batches, portion)
         if not batches and (ranks is None or portion is not None):
             return
         self._check_capture()
@@ -428,7 +432,7 @@ class _FusedClip:
             for part, sums in zip(parts, square_sums):
                 part.scalars = part.backend.prologue(
                     part.placed,
-                    None if signals is None else signals.to(part.device, non_blocking=True),
+                    None if signals is None else moved(signals, part.device),
                     sums,
                     _as_tensor(grad_scale, part.device),
                     _as_tensor(found_inf, part.device),
@@ -456,7 +460,8 @@ class _FusedClip:
                 part.grad_square_sum += total.sum()
         square_sum = parts[0].grad_square_sum
         for index, step in steps.items():
-            step.informative = step.live & ~((square_sum == 0) & self._lr_is_zero(index, step))
+            idle = not batches or self._lr_is_zero(index, step)  # nor have other ranks a gradient, if the sum is 0
+            step.informative = step.live & ~((square_sum == 0) & idle)
         self._for_each(steps, rules, lambda rule, step: rule.after(step))
         if portion is not None:
             portion.end(square_sum, parts[0].steps_skipped)
@@ -622,11 +627,16 @@ class _FusedClip:
 
     # ------------------------------------------------------------ devices, tables, states
 
-    def _ranks_of(self, batches: list[Batch]) -> Ranks | None:
+    def _ranks_of(self, batches: list[Batch], portion: Portion | None) -> Ranks | None:
         """None where nothing is shared out over ranks."""
         groups = self._group_names
         if not any(groups.values()) and all(batch.spread is None for batch in batches):
-            return None
+            # Where some have no gradient here, another rank may have one of theirs, and wait for this one.
+            missing = sum(len(group["params"]) for group in self.param_groups) - sum(len(b.params) for b in batches)
+            if portion is not None or not missing:
+                return None
+            if not any(is_spread(p) for group in self.param_groups for p in group["params"]):
+                return None
         if self._ranks is None or not self._ranks.is_of(self.param_groups):
             on_host = self.offload is not None
             self._ranks = Ranks(self.param_groups, groups["shard_group"], groups["data_group"], on_host)
@@ -825,6 +835,32 @@ class _FusedClip:
                 decoupled_weight_decay=group["decoupled_weight_decay"],
             )
 
+    # ------------------------------------------------------------ books
+
+    @property
+    def _grad_square_sum(self) -> Tensor:
+        return self._books["grad_square_sum"]
+
+    @_grad_square_sum.setter
+    def _grad_square_sum(self, value: Tensor) -> None:
+        self._books["grad_square_sum"] = value
+
+    @property
+    def _steps_skipped(self) -> Tensor:
+        return self._books["steps_skipped"]
+
+    @_steps_skipped.setter
+    def _steps_skipped(self, value: Tensor) -> None:
+        self._books["steps_skipped"] = value
+
+    @property
+    def _observed(self) -> Tensor | None:
+        return self._books["observed"]
+
+    @_observed.setter
+    def _observed(self, value: Tensor | None) -> None:
+        self._books["observed"] = value
+
     # ------------------------------------------------------------ what the extras offer
 
     @property
@@ -902,6 +938,11 @@ class _FusedClip:
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
+        if name := next((name for name in self._group_names if param_group.get(name) is not None), None):
+            raise TypeError(
+                f"{name} belongs to the optimizer, not to a param group, where ZeroRedundancyOptimizer puts its "
+                f"keyword arguments; give it optimizer_class=functools.partial({type(self).__name__}, {name}=...)"
+            )
         rules = {**self._default_rules, **{key: param_group[key] for key in RULE_KEYS if key in param_group}}
         rules = {key: _AS_RULE[key](value) for key, value in rules.items()}
         differentiable = param_group.get("differentiable", self.defaults["differentiable"])
@@ -1042,7 +1083,7 @@ class _FusedClip:
             if extra is None:  # torch's
                 continue
             group[_EXTRA_KEY] = {}
-            memory = extra.get("memory", {})  # what is empty gets lost where torch flattens a state dict
+            memory = extra.get("memory", {})  # an empty dict is lost where torch flattens a state dict
             self._memory[index] = self._loaded_memory(group, memory, [loaded["state"].get(i, {}) for i in ids])
             if "observed" in extra:
                 self._grad_square_sum = extra["grad_square_sum"].clone()
@@ -1068,13 +1109,13 @@ class _FusedClip:
                 continue
             tensors = {
                 key: torch.as_tensor(json.loads(own) if isinstance(own, str) else own, dtype=torch.float64).clone()
-                for key, own in saved[name]["tensors"].items()
+                for key, own in saved[name].get("tensors", {}).items()
             }
             for key in rule.of_parameters():
                 first = rule.memory(1)[key][1]
                 first = torch.tensor(first, dtype=torch.float64, device="cpu")
                 values = [state.get(f"{name}_{key}", first) for state in states]
-                tensors[key] = torch.stack([value.detach().to("cpu", torch.float64).reshape(()) for value in values])
+                tensors[key] = torch.tensor([float(value) for value in values], dtype=torch.float64, device="cpu")
             memory[name] = {"steps": int(saved[name]["steps"]), "tensors": tensors}
         return memory
 
@@ -1098,8 +1139,8 @@ class _FusedClip:
         super().__setstate__(state)
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("backend", "state_dtype", "skip_nonfinite", "_default_rules", "_default_forms", "_grad_square_sum")
-        names += ("offload", "_steps_skipped", "_observed", "_memory", "_group_names")
+        names = ("backend", "state_dtype", "skip_nonfinite", "_default_rules", "_default_forms", "_books")
+        names += ("offload", "_memory", "_group_names")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
 
@@ -1269,7 +1310,7 @@ def _bound_samples(parts: list[Part], max_sample_norm: float) -> None:
     """Lowers the weights of samples whose share of the gradient is longer than `max_sample_norm`, on every device."""
     sums = [part.backend.sample_square_sums(part.placed) for part in parts]
     for part in parts:
-        total = sum(own.to(part.device, non_blocking=True) for own in sums)
+        total = sum(moved(own, part.device) for own in sums)
         part.samples.weights.mul_(sample_factors(total, part.samples.weights, max_sample_norm))
 
 
@@ -1284,11 +1325,11 @@ def _everywhere(
     """
     if ranks is not None:
         total = ranks.total([own for part in parts for own in by_spread(part)], parts[0].device)
-        return [total.reshape(1).to(part.device, non_blocking=True) for part in parts]
+        return [moved(total.reshape(1), part.device) for part in parts]
     if len(parts) == 1:
         return sums
     of_devices = [own.sum() for own in sums]
-    return [torch.stack([own.to(part.device, non_blocking=True) for own in of_devices]) for part in parts]
+    return [torch.stack([moved(own, part.device) for own in of_devices]) for part in parts]
 
 
 def _as_tensor(value: Any, device: torch.device) -> Tensor | None:

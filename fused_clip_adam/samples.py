@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fused_clip_adam.batches import FLOATING
+from fused_clip_adam.distributed import moved
 from fused_clip_adam.objectives import losses
 from fused_clip_adam.objectives.objective import number
 from fused_clip_adam.objectives.stats import ClipStats
@@ -37,7 +38,7 @@ class Samples:
 
     def on(self, device: torch.device) -> PlacedSamples:
         """What the kernels of a device read, but for the noise's seed."""
-        return PlacedSamples(self.count, self.weights.to(device, copy=True, non_blocking=True), None, self.noise)
+        return PlacedSamples(self.count, moved(self.weights, device).clone(), None, self.noise)
 
     def drawn_seed(self) -> Tensor | None:
         """int64 [1] where there is noise. Advances the generator: call it when nothing can be refused any more."""

@@ -116,7 +116,8 @@ def results(opt, params) -> list[torch.Tensor]:
     out = []
     for p in params:
         out.append(p.detach().cpu())
-        out += [value.cpu() for _, value in sorted(opt.state[p].items())]
+        # What a rule remembers of a parameter, "Rule_name", is as of the last state_dict().
+        out += [value.cpu() for name, value in sorted(opt.state[p].items()) if name[0].islower()]
     return out
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_harness, gpu_peers, gpu_session, harness, plot
+from benchmarks import gpu, gpu_harness, gpu_offload, gpu_peers, gpu_session, harness, plot
 from benchmarks.gpu_harness import COPY, FRACTION
 from benchmarks.peers import Work, torch_for_loop, torch_foreach
 
@@ -48,7 +48,13 @@ def test_every_shape_and_dtype_comes_with_and_without_clip_and_targets_are_those
     scores = {name: case for name, case in gpu.CASES.items() if isinstance(case, gpu.ScoreCase)}
     assert {(case.samples, case.ceiling_target) for case in scores.values()} == {(8, 0.9), (64, 0.9)}
     assert {case.bytes_each for case in scores.values()} == {8 * 4 + 24, 64 * 4 + 24, 64 * 2 + 24}
-    losses = {name: case for name, case in gpu.CASES.items() if name not in steps and name not in scores}
+    offloaded = {name: case for name, case in gpu.CASES.items() if isinstance(case, gpu_offload.OffloadCase)}
+    assert {name: (case.max_norm, case.host_bytes) for name, case in offloaded.items()} == {
+        "offload": (None, 28),
+        "offload-clip": (1.0, 32),
+    }
+    kinds = steps.keys() | scores.keys() | offloaded.keys()
+    losses = {name: case for name, case in gpu.CASES.items() if name not in kinds}
     assert set(losses) == {"objective-logits", "objective-logits-entropy", "objective-ppo", "objective-gspo"}
     assert {name: case.targets for name, case in losses.items() if case.targets} == {"objective-logits": {"Liger": 1.0}}
     # Within 1.25 times of the floor is 80% of the copy.
@@ -375,6 +381,36 @@ def made_up(name: str, *, ours_ms: float = 12.0, **changes) -> dict:
     }
 
 
+def made_up_offload(name: str, ours_ms: float = 50.0, serial_ms: float = 90.0) -> dict:
+    """A result as `gpu_offload.measure` gives it, from made-up times."""
+    case, n = gpu.CASES[name], 100_000_000
+    times = {gpu_offload.OURS: ours_ms, gpu_offload.SERIAL: serial_ms}
+    times |= {gpu_offload.DOWN: 40.0, gpu_offload.UP: 20.0, gpu_offload.STREAM: 28.0}
+    measured = harness.Alternation({key: [ms / 1e3] * 5 for key, ms in times.items()}, gpu_offload.OURS, None, 0)
+    moved = {gpu_offload.DOWN: 8 * n, gpu_offload.UP: 4 * n, gpu_offload.STREAM: 28 * n}
+    rows = harness.summarize(measured, dict.fromkeys(times) | moved, None, FRACTION)
+    for own in (gpu_offload.OURS, gpu_offload.SERIAL):
+        rows[own][FRACTION] = harness.Spread.of([40.0 / times[own]] * 5)._asdict()
+    target = harness.Target(gpu_offload.SERIAL, "over_ours", 1.3, rows[gpu_offload.SERIAL]["over_ours"]["p50"])
+    return {
+        "name": name,
+        "machine": made_up("step-one-tensor")["machine"],
+        "title": f"{case.title} (tensors: 64, elements: {n:,})",
+        "baseline": gpu_offload.OURS,
+        "rules_of": None,
+        "offload": True,
+        "elements": n,
+        "threads": 16,
+        "staging_bytes": 2**26,
+        "rounds": 5,
+        "case_seconds": 1.0,
+        "gigabytes_per_second": {key: moved[key] / times[key] / 1e6 for key in moved},
+        "candidates": rows,
+        "unavailable": {},
+        "targets": [target.to_dict()],
+    }
+
+
 def results_folder(tmp_path: Path, *results: dict) -> Path:
     for result in results:
         path = tmp_path / "gpu-nvidia-made-up-80gb" / f"{result['name']}.json"
@@ -446,6 +482,28 @@ def test_readme_and_figure_show_losses_beside_steps(tmp_path):
     assert "Targets: 6 of 6 met." in text
     pytest.importorskip("matplotlib")
     assert plot.draw(next(iter(folders.values())), tmp_path / "figure.svg").exists()
+
+
+def test_readme_and_figure_keep_steps_on_the_host_apart(tmp_path):
+    results = [made_up("step-one-tensor"), made_up_offload("offload"), made_up_offload("offload-clip", 80.0)]
+    folders = plot.gpu_results(results_folder(tmp_path, *results))
+    text = readme_with(folders)
+    (header,) = [line for line in text.splitlines() if line.startswith("| case") and "longest" in line]
+    columns = [cell.strip() for cell in header.strip("|").split("|")]
+    (row,) = [line for line in text.splitlines() if line.startswith('| float32, offload="cpu", no clip')]
+    cells = dict(zip(columns, (cell.strip() for cell in row.strip("|").split("|")), strict=True))
+    assert (cells["ms"], cells["longest ceiling's share"]) == ("50.00", "80%")
+    assert cells[gpu_offload.SERIAL] == "1.80 (1.80 to 1.80)"
+    assert [cells[f"{name}, GB/s"] for name in ("down", "up", "host stream")] == ["20", "20", "100"]
+    (of_device,) = [line for line in text.splitlines() if line.startswith("| case") and "host us, ours" in line]
+    assert gpu_offload.SERIAL not in of_device and "3,000 GB/s, reads plus writes" in text
+    assert "MISSED: gradients down, step, parameters up, float32, offload" in text and ": 1.12x, wanted 1.30x." in text
+    pytest.importorskip("matplotlib")
+    figure = plot.draw(plot._without_rules(next(iter(folders.values()))), tmp_path / "figure.svg").read_text()
+    assert "offload" not in figure
+    (tmp_path / "alone").mkdir()
+    alone = plot.gpu_results(results_folder(tmp_path / "alone", made_up_offload("offload")))
+    assert "on the device" not in readme_with(alone) and "50.00" in readme_with(alone)
 
 
 def test_a_target_whose_peer_was_not_measured_is_not_met():
@@ -560,6 +618,48 @@ def test_dry_run_of_every_loss():
     out = dry_run(*names, TRITON_INTERPRET="0" if not torch.cuda.is_available() else "")
     assert f"{len(names)} cases measured, 0 targets" in out and out.count("\n  torch eager  ") == len(names)
     assert out.count("\n  ours, cuda  ") == len(names) and "not measured: has no entropy bonus" in out
+
+
+def test_dry_run_of_the_step_on_the_host():
+    out = dry_run("offload", "offload-clip", TRITON_INTERPRET="0" if not torch.cuda.is_available() else "")
+    assert "2 cases measured, 0 targets" in out and "these are not results" in out
+    for name in (gpu_offload.OURS, gpu_offload.SERIAL, *gpu_offload.CEILINGS):
+        assert out.count(f"\n  {name:38}") == 2
+
+
+def test_step_on_the_host_is_measured_with_its_ceilings_in_the_same_rounds():
+    progress: list[str] = []
+    case = gpu.CASES["offload-clip"]
+    result = gpu.measure(case, "cpu", True, 5.0, progress.append)
+    assert result["offload"] and result["targets"] == [] and result["rounds"] == gpu_offload.QUICK_ROUNDS
+    assert result["bytes_per_element"] == {"down": 8, "up": 4, "host": 32}
+    n, rows = result["elements"], result["candidates"]
+    assert [rows[name]["bytes"] for name in gpu_offload.CEILINGS] == [8 * n, 4 * n, 32 * n]
+    assert result["same_work_deviation"] == {gpu_offload.OURS: 0.0, gpu_offload.SERIAL: 0.0}
+    assert rows[gpu_offload.OURS][FRACTION]["p50"] > 0 and result["staging_bytes"] > 4 * n
+    assert "cpu" not in gpu_offload.offload.LINKS and any("same work" in text for text in progress)
+
+
+def test_check_of_the_step_on_the_host_finds_other_work():
+    tensors = gpu_offload.Tensors([(8, 4), (3,)], "cpu")
+    step = gpu_offload.serial_step(tensors, lambda: None, {"lr": 0.1})
+
+    def forgets_the_last() -> None:
+        kept = tensors.params[-1].detach().clone()
+        step()
+        tensors.params[-1].data.copy_(kept)
+
+    with pytest.raises(AssertionError, match="has not moved"):
+        gpu_offload.check_same_work(tensors, {"lazy": forgets_the_last}, lambda: None)
+    other = gpu_offload.serial_step(tensors, lambda: None, {"lr": 0.2})
+    with pytest.raises(AssertionError, match="other is off"):
+        gpu_offload.check_same_work(tensors, {"right": step, "other": other}, lambda: None)
+
+
+def test_clock_of_the_step_on_the_host_waits_for_the_device():
+    log: list[str] = []
+    assert gpu_offload.StepClock(lambda: log.append("idle"))(lambda: log.append("step")) >= 0
+    assert log == ["idle", "step", "idle"]
 
 
 def test_dry_run_with_triton():

@@ -1,4 +1,4 @@
-"""Tensors that lie over several ranks (gloo, 2 and 4 processes): the same step as one process takes on whole tensors."""
+"""Tensors that lie over several ranks (gloo, 2 and 4 processes): the step that one process takes on whole tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from ranks import worlds
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
 
 import fused_clip_adam as fca

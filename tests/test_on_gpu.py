@@ -9,7 +9,7 @@ from cases import bitwise_equal, largest_error, make_stats, results, tolerance
 from objective_cases import OBJECTIVES, ONE_OF_EACH, WHOLE_BATCH, make_batch, make_logits_batch, packed, wanted_by
 
 import fused_clip_adam as fca
-from fused_clip_adam import backends
+from fused_clip_adam import backends, offload
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU here", allow_module_level=True)
@@ -378,6 +378,148 @@ def test_several_devices_in_one_optimizer(backend):
         return results(opt, params)
 
     assert largest_error(train(["cuda:0", "cuda:1"]), train(["cuda:0", "cuda:0"])) <= tolerance(torch.float32, 3)
+
+
+# ---------------------------------------------------------------- moments and step on the host
+
+OFFLOADED_RULES = {
+    "plain": {},
+    "clip": dict(grad_clip=1.0),
+    "lagged": dict(grad_clip=fca.GlobalNorm(1.0, lag=True), overshoot=("align", "brake")),
+    **{name: DEVICE_RULES[name] for name in ("ZClip", "AGC", "Stable-SPAM", "align tensor", "when clipped")},
+}
+
+
+def take_steps(device: str, dtype=torch.float32, steps: int = 4, shapes=SHAPES, **options):
+    """(optimizer, parameters) after steps with the same numbers on any device."""
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.randn(s, generator=generator).to(device, dtype).requires_grad_() for s in shapes]
+    opt = fca.FusedClipAdamW(params, lr=torch.tensor(0.01, device=device), **options)
+    for step in range(steps):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator).to(device, dtype)
+        opt.observe(make_stats(step, device))
+        opt.grad_scale = torch.full((), 2.0, device=device)
+        opt.found_inf = torch.full((), float(step == 2), device=device)
+        opt.step()
+    return opt, params
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("name", OFFLOADED_RULES)
+def test_offloaded_step_is_the_hosts(backend, monkeypatch, name, dtype):
+    """To the bit of the step on the CPU, and to a few roundings of the GPU's; several buckets, used in turn."""
+    monkeypatch.setattr(offload, "BUCKET_BYTES", 100_000)
+    opt, params = take_steps("cuda", dtype, offload="cpu", **OFFLOADED_RULES[name])
+    here = results(*take_steps("cpu", dtype, **OFFLOADED_RULES[name]))
+    away = results(opt, params)
+    assert bitwise_equal(away, here)
+    assert {value.device.type for p in params for value in opt.state[p].values()} == {"cpu"}
+    assert opt._offloaded.staging_bytes > 0 and all(own.is_pinned() for own in opt._offloaded._buffers.values())
+    if name in ("plain", "clip"):
+        on_gpu = [p.detach().cpu() for p in take_steps("cuda", dtype, backend=backend, **OFFLOADED_RULES[name])[1]]
+        assert largest_error([p.detach().cpu() for p in params], on_gpu) <= tolerance(dtype, 4)
+
+
+LARGE = [(4096, 1024)] * 10  # ten buckets of 32 MiB
+
+
+@pytest.mark.parametrize("clip", (None, 1.0))
+def test_offloaded_step_waits_for_gradients_and_the_next_kernels_for_it(backend, clip):
+    """Gradients are written late on a stream of their own; what follows there sees the step, with no wait of the host;
+    gradients' memory is written again at once.
+    """
+
+    def of(offloaded: str | None) -> list:
+        torch.manual_seed(0)
+        params = [torch.randn(s, device="cuda").requires_grad_() for s in LARGE]
+        fresh = [torch.randn(s, device="cuda") for s in LARGE]
+        opt = fca.FusedClipAdamW(params, lr=0.1, grad_clip=clip, offload=offloaded)
+        seen = []
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                for p in params:
+                    p.grad = torch.full_like(p, float("nan"))
+                torch.cuda._sleep(50_000_000)
+                for p, g in zip(params, fresh):
+                    p.grad.copy_(g)
+                opt.step()
+                seen += [p.detach() + 0 for p in reversed(params)]  # the last to go up first
+                for p in params:
+                    p.grad = None
+                again = [torch.full(s, float("nan"), device="cuda") for s in LARGE]
+            del again
+        torch.cuda.current_stream().wait_stream(side)
+        return [x.cpu() for x in seen]
+
+    away, here = of("cpu"), of(None)
+    assert largest_error(away, here) <= tolerance(torch.float32, 2)
+
+
+def test_offloaded_step_takes_no_memory_of_the_device(backend):
+    params = [torch.randn(s, device="cuda").requires_grad_() for s in LARGE]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    opt = fca.FusedClipAdamW(params, grad_clip=1.0, offload="cpu")
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    opt.step()
+    opt.load_state_dict(opt.state_dict())
+    opt.step()
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before < 2**20
+    assert {own.device.type for p in params for own in opt.state[p].values()} == {"cpu"}
+
+
+def test_offloaded_step_of_odd_layouts(backend):
+    def of(device: str, **options) -> list:
+        generator = torch.Generator().manual_seed(0)
+        draw = lambda *shape: torch.randn(shape, generator=generator).to(device)  # noqa: E731
+        params = [draw(6, 5).t(), draw(6, 10)[:, ::2], draw(2, 3, 4, 5).to(memory_format=torch.channels_last)]
+        params = [p.requires_grad_() for p in params]
+        for p, g in zip(params, (draw(6, 5).t(), draw(6).unsqueeze(1).expand(6, 5), draw(2, 3, 4, 5)), strict=True):
+            p.grad = g
+        opt = fca.FusedClipAdamW(params, lr=0.1, grad_clip=1.0, overshoot="align", **options)
+        for _ in range(3):
+            opt.step()
+        return results(opt, params)
+
+    assert bitwise_equal(of("cuda", offload="cpu"), of("cpu"))
+
+
+def test_offloaded_step_with_a_grad_scaler(backend):
+    def train(build):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(16, 16).cuda()
+        opt = build(model.parameters())
+        scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10, growth_interval=2)
+        x = torch.randn(8, 16, device="cuda")
+        for step in range(6):
+            opt.zero_grad()
+            loss = model(x).square().mean() * (float("inf") if step == 2 else 1.0)
+            scaler.scale(loss).backward()
+            scaler.step(opt)
+            scaler.update()
+        return [p.detach() for p in model.parameters()], scaler.get_scale()
+
+    ours, our_scale = train(lambda params: fca.FusedClipAdamW(params, offload="cpu"))
+    theirs, scale = train(lambda params: torch.optim.AdamW(params, fused=True))
+    assert our_scale == scale
+    assert largest_error(ours, theirs) <= tolerance(torch.float32, 6)
+
+
+def test_offloaded_step_is_not_captured(backend):
+    p = torch.ones(9, device="cuda").requires_grad_()
+    p.grad = torch.ones_like(p)
+    opt = fca.FusedClipAdamW([p], offload="cpu")
+    opt.step()
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match="offload"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        opt.step()
+    torch.cuda.synchronize()
 
 
 # ---------------------------------------------------------------- objectives

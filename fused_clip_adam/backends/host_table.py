@@ -78,12 +78,8 @@ def tensor_table(
     _refuse_lazy(*lists, steps, bias_weights)
     if params:
         _check_one_device(params[0].device, (*zip(_SLOTS, lists), ("steps", steps), ("bias_weights", bias_weights)))
-    n = len(params)
-    required, optional = (grads, exp_avgs, exp_avg_sqs, steps), (max_exp_avg_sqs, bias_weights)
-    if any(len(x) != n for x in required) or any(x and len(x) != n for x in optional):
-        raise RuntimeError("tensor_table: lists differ in length")
-
-    rows = [_make_row(lists, steps, bias_weights, group, samples, i) for i in range(n)]
+    rows = _make_rows(lists, steps, bias_weights, group, samples)
+    n = len(rows)
     words, records = [n], []
     for row in rows:
         if row.strided:
@@ -96,6 +92,37 @@ def tensor_table(
     table = torch.tensor(words + records, dtype=torch.int64, device="cpu")
     _check_disjoint(rows, hash(tuple(words + records)))
     return table
+
+
+def check_tensors(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    bias_weights: list[Tensor],
+    group: int,
+) -> None:
+    """What `tensor_table` refuses, but for tensors that are on several devices."""
+    lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
+    _refuse_lazy(*lists, steps, bias_weights)
+    rows = _make_rows(lists, steps, bias_weights, group, -1)
+    _check_disjoint(rows, hash(tuple(tuple(row.metas) for row in rows)))
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether its elements fill a range of memory without holes, in whatever order."""
+    return tensor.is_contiguous() or _is_dense(_Meta(tensor.shape, tensor.stride(), False, 0, 0))
+
+
+def _make_rows(lists, steps: list[Tensor], bias_weights: list[Tensor], group: int, samples: int) -> list[_Row]:
+    params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs = lists
+    n = len(params)
+    required, optional = (grads, exp_avgs, exp_avg_sqs, steps), (max_exp_avg_sqs, bias_weights)
+    if any(len(x) != n for x in required) or any(x and len(x) != n for x in optional):
+        raise RuntimeError("tensor_table: lists differ in length")
+    return [_make_row(lists, steps, bias_weights, group, samples, i) for i in range(n)]
 
 
 def _refuse_lazy(*lists: list[Tensor]) -> None:

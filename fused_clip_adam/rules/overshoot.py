@@ -42,8 +42,8 @@ class AlignedMomentum(Overshoot):
     coast after clipping is removed exactly.
 
     Args:
-        block: number of consecutive elements (row-major, from each tensor's start) that share one k, or "element", or
-            "tensor".
+        block: number of consecutive elements (row-major, from each tensor's start; of a DTensor, from the start of this
+            rank's shard) that share one k, or "element", or "tensor".
         lag: only with "tensor", which has to read m and g once more before the update (36 bytes an element in float32).
             True takes the sum of the *previous* step instead, gathered inside the update pass, so that the whole step
             is one pass; k is 1 in the first step. A change of direction then shows one step late.
