@@ -9,6 +9,9 @@ with the same --folder, the run goes on from the newest. On as many processes as
 for bit, which the digest at the end shows; on another number it is the same run too, up to the order in which floats
 are added up, since all processes draw the same random numbers and each takes its share.
 
+torchrun starts the processes again by itself with --max-restarts. Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 then: new
+processes may otherwise be given the addresses of the dead (torch 2.13; pytorch#135712).
+
 The task: reverse a string of digits. The policy is a small network that sees all of it and chooses every digit of the
 answer at once; the reward is the share of right digits. Half a minute on two CPU cores.
 """
@@ -56,7 +59,7 @@ def parse_options(arguments=None):
 
 
 def complete(parent):
-    """The complete checkpoints in a folder, oldest first. torch writes `.metadata` last, and the name comes after it."""
+    """The complete checkpoints in a folder, oldest first. torch writes `.metadata` last; the name comes after it."""
     found = [path.parent for path in parent.glob("step-*/.metadata")]
     return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")))
 
@@ -98,6 +101,11 @@ class Checkpoints:
         else:
             dcp.save(state, checkpoint_id=path)
             self._publish(number)
+
+    def look(self):
+        """Gives the save in flight its name if it is complete."""
+        if self.saving is not None and self.saving[0].done():
+            self.wait()
 
     def wait(self):
         """Until the save in flight, if there is one, is complete."""
@@ -278,6 +286,7 @@ def train(options):
     started = time.perf_counter()
     while run.done < options.rollouts:
         run.rollout()
+        checkpoints.look()
         if run.done % options.every == 0 or run.done == options.rollouts:
             checkpoints.save(run.done, run.state())
             say(f"  rollout {run.done:>5}  reward {run.rewards[-1]:.3f}", flush=True)

@@ -38,6 +38,16 @@ class _SayFailuresAtOnce:
             self.config.pluginmanager.get_plugin("terminalreporter").write_line(f"\nFAILED {report.nodeid}")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--every", type=int, default=1, help="only each N-th test, in the order of collection")
+
+
+def pytest_collection_modifyitems(config, items):
+    if (n := config.getoption("--every")) > 1:
+        config.hook.pytest_deselected(items=[item for at, item in enumerate(items) if at % n])
+        items[:] = items[::n]
+
+
 def pytest_configure(config):
     is_worker = hasattr(config, "workerinput")  # of pytest-xdist, which reports to the process that prints
     if os.environ.get("SAY_FAILURES") == "1" and not is_worker:
