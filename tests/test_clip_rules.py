@@ -359,7 +359,7 @@ class NoHost(types.ModuleType):
         return torch.rand(3, dtype=torch.float64)
 
     def unit_sums(self, tables, batch):
-        rows = sum(p.shape[0] if p.dim() > 1 else 1 for p in tables[batch])
+        rows = sum((p.shape[0] if p.dim() > 1 else 1) if p.numel() else 0 for p in tables[batch])
         return torch.rand(rows, 2, dtype=torch.float64)
 
     def update_(self, tables, values, *rest):

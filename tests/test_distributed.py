@@ -7,12 +7,15 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
+from no_sync import NoSync
 from ranks import worlds
+from test_clip_rules import NoHost
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
 
 import fused_clip_adam as fca
+from fused_clip_adam import backends
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -152,3 +155,25 @@ def test_dtypes_and_two_groups(dtype, name):
     expected = on_one("cpu", name, dtype, groups=2)
     for got in worlds(2).run(on_ranks, "mixed", "cpu", name, dtype, groups=2):
         assert_same(got, expected)
+
+
+def step_without_reading(layout, name) -> None:
+    """Every torch operation of a step, with kernels that give numbers and read nothing."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    params = [Parameter(distribute_tensor(p, mesh, LAYOUTS[layout](i))) for i, p in enumerate(parameters())]
+    opt = CLASSES[name](params, lr=1e-2, **RULES.get(name, {}))
+    opt.grad_scale, opt.found_inf = torch.full((), 4.0), torch.zeros(())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends, "choose_step", lambda *_: NoHost("no_host"))
+        for step in range(2):
+            for i, (p, g) in enumerate(zip(params, gradients(step))):
+                p.grad = None if i == 2 else distribute_tensor(g, mesh, LAYOUTS[layout](i))
+            opt.observe(stats_of(dist.get_rank(), step))
+            with NoSync():
+                opt.step()
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("layout", ["rows", "mixed"])
+def test_no_step_over_ranks_reads_the_device(layout, name):
+    worlds(2).run(step_without_reading, layout, name)
