@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -418,3 +420,12 @@ def test_shards_of_fsdp2(name, bucket_bytes):
 @pytest.mark.xdist_group("ranks")
 def test_ddp_is_refused():
     assert all("fully_shard" in message for message in worlds(2).run(on_ranks_wrapped))
+
+
+def test_peak_memory_of_a_process():
+    # 8 layers of 1,024 x 1,024: 34 MB of gradients, of which a bucket of 8 MiB is a quarter.
+    sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+    import step_in_backward as example
+
+    assert example.memory("ordinary step", 8, 1024, 8) > 0.9
+    assert example.memory("in backward", 8, 1024, 8) < 0.55
