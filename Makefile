@@ -46,7 +46,7 @@ TRAINER_TEST = OMP_NUM_THREADS=1 FUSED_CLIP_ADAM_CUDA_LIBRARY=none
 	.venv-$*/bin/python -m pip install --quiet --upgrade 'pip<26.2'
 	.venv-$*/bin/python -m pip install --quiet --progress-bar off '$(TORCH)' setuptools wheel numpy
 	FUSED_CLIP_ADAM_BUILD=none .venv-$*/bin/python -m pip install --quiet --progress-bar off \
-		--no-build-isolation --editable '.[$*]' '$(TORCH)' pytest pytest-benchmark pytest-xdist hypothesis 'triton>=3.5,<3.8'
+		--no-build-isolation --editable '.[$*]' '$(TORCH)' 'pytest<9.2' pytest-benchmark pytest-xdist hypothesis 'triton>=3.5,<3.8'
 	touch $@
 
 trainers: .venv-trainers/ready .venv-verl/ready  ## the integrations with Stable-Baselines3, torchrl, Lightning, rsl-rl and verl
