@@ -103,7 +103,7 @@ def arm(moment: str, rank: int, size: int) -> None:
 # ---------------------------------------------------------------- runs on forks of a process that has imported torch
 
 
-def run(arguments: list[str], size: int, moment: str | None = None, limit: float = 60.0) -> dict:
+def run(arguments: list[str], size: int, moment: str | None = None, limit: float = 300.0) -> dict:
     """A run on new processes. As under torchrun, the death of one is the end of all; so is `limit`, in seconds.
 
     Returns:

@@ -691,7 +691,7 @@ def test_torchrun_restarts_a_killed_run(whole_run, tmp_path):
     command += [str(tmp_path / "killed"), *ARGUMENTS, "--folder", str(tmp_path / "checkpoints")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # see the example
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "killed").exists() and done.stdout.count("going on after rollout 6,") == 1
     assert digest(done.stdout) == digest(whole_run(2))
