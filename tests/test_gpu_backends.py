@@ -500,8 +500,8 @@ def test_several_devices_share_one_norm(backend, device, options, monkeypatch):
         opt = fca.FusedClipAdamW(params, lr=0.01, backend=backend, **options)
         collect = optimizer.collect
 
-        def split_collect(*given):
-            batches = collect(*given)
+        def split_collect(*given, **how):
+            batches = collect(*given, **how)
             batches[1].device = torch.device(device, 0) if device == "cpu" else torch.device("cuda")
             assert batches[0].device != batches[1].device
             return batches
