@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.harness import alternate, bytes_per_element
 
+NAME = "stream (ceiling)"
 SOURCE = Path(__file__).with_name("stream.cpp")
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
 
@@ -72,6 +73,17 @@ class Reads:
 
     def __call__(self) -> None:
         _library().stream_read(self.x.data_ptr(), self.x.numel(), torch.get_num_threads())
+
+
+def add_ceiling(
+    candidates: dict[str, Callable], moved: dict[str, int], elements: int
+) -> tuple[Stream | None, dict[str, str]]:
+    """Puts the stream among the candidates of a run, and its bytes among theirs. Returns it, or None and why not."""
+    if (reason := unavailable_reason()) is not None:
+        return None, {NAME: reason}
+    ceiling = Stream(elements)
+    candidates[NAME], moved[NAME] = ceiling, ceiling.bytes
+    return ceiling, {}
 
 
 @functools.cache

@@ -24,7 +24,7 @@ from fused_clip_adam.planner import Plan, plan
 
 pytestmark = pytest.mark.benchmark(timer=REPLAY)
 
-STREAM = "stream (ceiling)"
+STREAM = stream.NAME
 USUAL = "clip_grad_norm_, AdamW(fused)"
 AGREES = 0.85  # the smaller of prediction and measurement over the larger, at least
 
@@ -97,12 +97,8 @@ def measure(case: Case, quick: bool, progress: Callable[[str], None]) -> tuple[d
     candidates[USUAL], methods[USUAL] = peers.torch_fused([p], work), plans["global norm"].usual
     moved = {name: own.bytes for name, own in methods.items()}
 
-    ceiling, unavailable = None, {}
-    if (reason := stream.unavailable_reason()) is not None:
-        unavailable[STREAM] = reason
-    else:
-        ceiling = stream.Stream(elements * case.dtype.itemsize // 4)  # a float32 stream of the same bytes
-        candidates[STREAM], moved[STREAM] = ceiling, ceiling.bytes
+    same_bytes = elements * case.dtype.itemsize // 4  # as many as the stream's float32 elements
+    ceiling, unavailable = stream.add_ceiling(candidates, moved, same_bytes)
 
     def put_back_gradients() -> None:
         p.grad.copy_(original)  # clip_grad_norm_ has scaled them; and as after a backward pass, they are just written

@@ -14,7 +14,7 @@ from benchmarks.harness import BASELINE, REPLAY, Target, alternate, conditions_o
 
 pytestmark = pytest.mark.benchmark(timer=REPLAY)
 
-STREAM = "stream (ceiling)"
+STREAM = stream.NAME
 WITHIN = 0.95  # the baseline's time over a rule's, at least
 
 
@@ -91,12 +91,7 @@ def measure(case: Case, quick: bool, progress: Callable[[str], None]) -> tuple[d
     options = {BASELINE: case.baseline, **case.rules}
     candidates = {name: build(own) for name, own in options.items()}
     moved = {name: bytes_of(own, elements) for name, own in options.items()}
-    ceiling, unavailable = None, {}
-    if (reason := stream.unavailable_reason()) is not None:
-        unavailable[STREAM] = reason
-    else:
-        ceiling = stream.Stream(elements)
-        candidates[STREAM], moved[STREAM] = ceiling, ceiling.bytes
+    ceiling, unavailable = stream.add_ceiling(candidates, moved, elements)
 
     def touch_gradients() -> None:
         grad.mul_(1.0)  # as after a backward pass, each finds its gradients just written

@@ -19,7 +19,7 @@ from benchmarks.harness import BASELINE, REPLAY, ROOT, Target, alternate, condit
 
 pytestmark = pytest.mark.benchmark(timer=REPLAY)
 
-STREAM, READS = "stream (ceiling)", "reads alone (ceiling)"
+STREAM, READS = stream.NAME, "reads alone (ceiling)"
 EINSUM, MATMUL = "einsum, then our step", "matmul into .grad, then our step"
 ALIGN, BOUND = "ours, align", "ours, max_sample_norm"
 FASTER = 1.3
@@ -103,12 +103,8 @@ def measure(case: Case, quick: bool, progress: Callable[[str], None]) -> tuple[d
     contraction = B * width + 4 + (0 if width == 4 else 2 * width)  # scores in, gradient out (and converted)
     for name in candidates.keys() - moved.keys():
         moved[name] = (contraction + fca.theory.bytes_per_element()) * elements
-    ceiling, unavailable = None, {}
-    if (reason := stream.unavailable_reason()) is not None:
-        unavailable[STREAM] = reason
-    else:
-        ceiling = stream.Stream(moved[BASELINE] // 28)
-        candidates[STREAM], moved[STREAM] = ceiling, ceiling.bytes
+    ceiling, unavailable = stream.add_ceiling(candidates, moved, moved[BASELINE] // 28)
+    if ceiling is not None:
         reads = stream.Reads((read * width + 12) * elements)
         candidates[READS], moved[READS] = reads, reads.bytes
     measured = alternate(

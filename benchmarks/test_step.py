@@ -22,7 +22,7 @@ from benchmarks.peers import PEERS, Work, check_same_work, faster_norm_foreach, 
 
 pytestmark = pytest.mark.benchmark(timer=REPLAY)
 
-STREAM = "stream (ceiling)"
+STREAM = stream.NAME
 COPY = "torch copy_"
 CEILINGS = [STREAM, COPY]
 MAX_NORM = 1.0  # far below the norm of the random gradients: the clip acts in every step

@@ -70,12 +70,9 @@ def collect(
             if grad is None:
                 continue
             p, where = owner, None
-            if is_spread(owner):
-                name, where = f'param_groups[{index}]["params"][{position}]', (owner.device_mesh, owner.placements)
-                p, grad = local(owner), local_gradient(name, owner, grad)
-            elif is_spread(grad):
-                name = f'param_groups[{index}]["params"][{position}]'
-                raise TypeError(f"{name} is a {type(owner).__name__}, its gradient a DTensor; accepted: a plain tensor")
+            if is_spread(owner) or is_spread(grad):
+                p, grad = local(owner), local_gradient(_name(index, position), owner, grad)
+                where = (owner.device_mesh, owner.placements)
             # Everything a kind of tensor can be refused for is in `kind`, so it is checked once a kind, and a model of
             # one kind pays one comparison a parameter.
             kind = (type(p), p.dtype, grad.dtype, p.device, grad.device, grad.layout, where)
@@ -83,9 +80,8 @@ def collect(
                 batch = batches.get((index, *kind))
                 last = kind
                 if batch is None:
-                    name = f'param_groups[{index}]["params"][{position}]'
-                    _check_kind(name, p, grad, stacked)
-                    spread = None if where is None else spread_of(name, owner)
+                    _check_kind(_name(index, position), p, grad, stacked)
+                    spread = None if where is None else spread_of(_name(index, position), owner)
                     batch = batches[(index, *kind)] = Batch(group=index, device=p.device, spread=spread)
             batch.positions.append(position)
             batch.owners.append(owner)
@@ -130,6 +126,10 @@ def attach_states(
     if weigh or any("bias_weights" in own for own in states):
         # The optimizer fills in the missing ones: it knows the betas.
         batch.bias_weights = [own.get("bias_weights") for own in states]
+
+
+def _name(group: int, position: int) -> str:
+    return f'param_groups[{group}]["params"][{position}]'
 
 
 def _check_kind(name: str, p: Tensor, grad: Tensor, stacked: bool) -> None:

@@ -69,8 +69,10 @@ def local_gradient(name: str, p: Tensor, grad: Tensor) -> Tensor:
     """The part of a gradient that belongs to this rank's part of a parameter; reduced first where it is a partial sum.
 
     Raises:
-        TypeError: the gradient is no DTensor. ValueError: it is on another mesh.
+        TypeError: one of the two is no DTensor. ValueError: they are on different meshes.
     """
+    if not is_spread(p):
+        raise TypeError(f"{name} is a {type(p).__name__}, its gradient a DTensor; accepted: a plain tensor")
     if not is_spread(grad):
         raise TypeError(f"{name} is a DTensor, its gradient a {type(grad).__name__}; accepted: a DTensor")
     if grad.device_mesh != p.device_mesh:
@@ -146,7 +148,7 @@ class Ranks:
         devices: dict[Any, set[str]] = {}
         last: tuple = ()
         spread: Spread | None = None
-        self.spreads: dict[Spread | None, None] = {}  # in the order in which they appear
+        self.spreads: dict[Spread, None] = {}  # in the order in which they appear
         for index, group in enumerate(param_groups):
             own: dict[Spread, list[int]] = {}
             self._positions.append(own)
@@ -158,10 +160,10 @@ class Ranks:
                     self.spreads[spread] = None
                 own.setdefault(spread, []).append(position)
                 devices.setdefault(spread, set()).add(local(p).device.type)
-        meshes = {own.mesh: None for own in self.spreads}
-        self._widest = max(meshes, key=lambda mesh: mesh.size()) if meshes else None
+        self._meshes = list(dict.fromkeys(own.mesh for own in self.spreads))
+        self._widest = max(self._meshes, key=lambda mesh: mesh.size(), default=None)
         if on_host:
-            of_meshes = [mesh.get_group(at) for mesh in meshes for at in range(mesh.ndim)]
+            of_meshes = [mesh.get_group(at) for mesh in self._meshes for at in range(mesh.ndim)]
             for group in (*of_meshes, self.shard_group, self.data_group):
                 self._check_backend(group, {"cpu"}, 'with offload="cpu" sums are')
             return
@@ -213,7 +215,7 @@ class Ranks:
     def anywhere(self, flag: Tensor) -> Tensor:
         """A number that is not zero where it is not zero on any rank."""
         flag = flag.detach().to(torch.float32, copy=True)
-        for mesh in {own.mesh: None for own in self.spreads}:
+        for mesh in self._meshes:
             for at in range(mesh.ndim):
                 _all_reduce(flag, mesh.get_group(at))
         if self.shard_group is not None:

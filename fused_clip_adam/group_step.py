@@ -100,8 +100,7 @@ class StepFacts:
 
     parts: list[Part]
     ranks: Ranks | None = None  # None: all there is, is here
-    live: Tensor | None = None  # bool: the step is not skipped, as the prologue says
-    would_live: Tensor | None = None  # the same, said before it
+    live: Tensor | None = None  # bool: the step is not skipped; known after the prologue
     norm: Tensor | None = None  # float64 0-d, unscaled, over all gradients; None where no rule needs it
     previous: bool = False  # `norm` is of the step before
     usable: Tensor | None = None  # bool: the norm is finite, not zero, and found_inf does not skip the step
@@ -161,7 +160,7 @@ class GroupStep:
     def usable(self) -> Tensor:
         """bool 0-d: the norm that the rule at hand reads is finite and not zero, and the step is not skipped."""
         if self.facts.previous and self.rule.of_all and not self.rule.per_tensor:
-            return self.facts.would_live & self.norm.isfinite() & (self.norm > 0)
+            return self.live & self.norm.isfinite() & (self.norm > 0)
         return self.facts.usable
 
     @property
@@ -213,10 +212,7 @@ class GroupStep:
                 for part in self.facts.parts
                 for at, batch in enumerate(part.batches)
             ]
-            if self.facts.ranks is None:
-                self.facts.totals[kind] = torch.stack([x.to(self.device) for _, x in own]).sum()
-            else:
-                self.facts.totals[kind] = self.facts.ranks.total(own, self.device)
+            self.facts.totals[kind] = over_everything(own, self.facts.ranks, self.device)
         return self.facts.totals[kind]
 
     def scale_rows(self, factors: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -301,3 +297,10 @@ class GroupStep:
         if positions is not None:
             return value.index_select(0, positions)
         return value[: len(part.batches[at].params)] if value.dim() else value
+
+
+def over_everything(sums: list[tuple[Spread | None, Tensor]], ranks: Ranks | None, device: torch.device) -> Tensor:
+    """The sum over all devices and, where there are any, ranks: float64 0-d, on `device`. `sums`: see `Ranks.total`."""
+    if ranks is not None:
+        return ranks.total(sums, device)
+    return torch.stack([moved(own, device) for _, own in sums]).sum()

@@ -139,7 +139,9 @@ class BackwardStep:
             _check_rules(opt, self.previous_norm)  # a scheduler may have changed them
             scaled = self.scaler is not None and self.scaler.is_enabled()
             scale = self.scaler._get_scale_async() if scaled else None
-            self._portion = Portion(opt._grad_square_sum, opt._observed, scale, opt.skip_nonfinite or scaled)
+            self._portion = Portion(
+                opt._books.grad_square_sum, opt._books.observed, scale, opt.skip_nonfinite or scaled
+            )
         portion = self._portion
         portion.gradients = {p: p.grad for p in params}
         try:
@@ -170,10 +172,11 @@ class BackwardStep:
         if portion is None or portion.square_sum is None:
             return
         portion.close()
-        opt._observed = None
-        skipped = portion.skipped.to(opt._steps_skipped.device) > 0
-        opt._steps_skipped += skipped
-        opt._grad_square_sum.copy_(portion.square_sum)
+        books = opt._books
+        books.observed = None
+        skipped = portion.skipped.to(books.steps_skipped.device) > 0
+        books.steps_skipped += skipped
+        books.grad_square_sum.copy_(portion.square_sum)
         if portion.grad_scale is not None:  # so that the scaler's update() lowers the scale
             found = skipped.to(torch.float32)
             self.scaler._per_optimizer_states[id(opt)]["found_inf_per_device"] = {found.device: found}

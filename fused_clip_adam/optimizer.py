@@ -9,6 +9,7 @@ Rules that the prologue kernel does not know change the scalars between 2 and 3,
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from fused_clip_adam import backends
 from fused_clip_adam.backends.scalars import GROUP_SIGNALS
 from fused_clip_adam.batches import Batch, attach_states, collect
 from fused_clip_adam.distributed import Ranks, Spread, group_name, is_spread, local, moved
-from fused_clip_adam.group_step import GroupStep, Layout, Part, StepFacts, layout
+from fused_clip_adam.group_step import GroupStep, Layout, Part, StepFacts, layout, over_everything
 from fused_clip_adam.in_backward import BackwardStep, Portion
 from fused_clip_adam.objectives.losses import check_logp, check_tensor, policy_loss
 from fused_clip_adam.objectives.objective import Objective
@@ -105,6 +106,17 @@ _EXTRAS_DOC = """
 """
 
 
+@dataclasses.dataclass
+class Books:
+    """Numbers of the whole optimizer. An object, so that a wrapper with a copy of the optimizer's attributes, such as
+    Lightning's, still keeps the same ones.
+    """
+
+    grad_square_sum: Tensor = dataclasses.field(default_factory=lambda: _zero(torch.float64))  # of the last step
+    steps_skipped: Tensor = dataclasses.field(default_factory=lambda: _zero(torch.int64))
+    observed: Tensor | None = None  # float32 [2], since the last step
+
+
 class _FusedClip:
     """What FusedClipAdamW and FusedClipAdam add to torch's classes."""
 
@@ -157,12 +169,7 @@ class _FusedClip:
         rules = {"grad_clip": grad_clip, "overshoot": overshoot, "reset": reset}
         self._default_rules = {key: _AS_RULE[key](value) for key, value in rules.items() if value is not None}
         self._default_forms = {name: True for name, value in forms.items() if value}
-        # One dict, so that a wrapper with a copy of the attributes (Lightning's) still keeps the same books.
-        self._books: dict[str, Tensor | None] = {
-            "grad_square_sum": torch.zeros((), dtype=torch.float64, device="cpu"),
-            "steps_skipped": torch.zeros((), dtype=torch.int64, device="cpu"),
-            "observed": None,
-        }
+        self._books = Books()
         self._memory: dict[int, dict[str, Any]] = {}  # by group, and name of a rule: what it remembers
         self._kept: dict[torch.device, Any] = {}  # what `place` made for a device, for the next step
         self._layouts: dict[tuple[torch.device, int], Layout] = {}
@@ -373,15 +380,16 @@ class _FusedClip:
         if not batches and (ranks is None or portion is not None):
             return
         self._check_capture()
-        parts = self._parts(batches, ranks, portion)
-        rules = self._acting_rules(parts, ranks)
         all_rules = [rule for group in self.param_groups for rule in _rules_of(group)]
         skips = self.skip_nonfinite if portion is None else portion.skip_nonfinite
         needs_norm = skips or any(
             rule.needs_norm and (portion is None or rule.per_tensor or not rule.of_all) for rule in all_rules
         )
         needs_max = any(rule.needs_max for rule in all_rules)
-        observed, found_inf = self._observed, getattr(self, "found_inf", None)
+        reads_twice = needs_norm or any("grad" in rule.extra_reads for rule in all_rules)
+        parts = self._parts(batches, ranks, portion, reads_twice)
+        rules = self._acting_rules(parts, ranks)
+        observed, found_inf = self._books.observed, getattr(self, "found_inf", None)
         grad_scale = getattr(self, "grad_scale", None)
         if portion is not None:
             observed, found_inf, grad_scale = portion.observed, None, portion.grad_scale
@@ -420,8 +428,10 @@ class _FusedClip:
                         part.sum_by_tensor()
                     else:
                         part.square_sums = part.backend.grad_square_sums(part.placed)
-                square_sums = _everywhere(parts, ranks, [part.square_sums for part in parts], Part.sum_by_spread)
-            facts = self._facts(parts, ranks, square_sums[0], rules, skips, grad_scale, found_inf, observed)
+                square_sums = [part.square_sums for part in parts]
+                if len(parts) > 1 or ranks is not None:
+                    square_sums = _everywhere(parts, ranks, Part.sum_by_spread)
+            facts = self._facts(parts, ranks, square_sums[0], rules, grad_scale, found_inf, observed)
             steps = self._group_steps(facts, rules, portion)
             if portion is not None:
                 facts.norm, facts.previous = portion.previous.sqrt().to(parts[0].device), True
@@ -446,18 +456,21 @@ class _FusedClip:
                 del owner[key]
             raise
         if portion is None:
-            self._observed = None
+            self._books.observed = None
         if rules:
-            facts.live = parts[0].scalars[0, 0] == 0 if parts[0].batches else facts.would_live
+            facts.live = (
+                parts[0].scalars[0, 0] == 0
+                if parts[0].batches
+                else _not_skipped(parts[0].device, found_inf, facts.norm if skips else None)
+            )
         self._for_each(steps, rules, lambda rule, step: rule.apply(step))
 
         # 3 update
         for part in parts:
             self._update(part, gather=not needs_norm)
         if not needs_norm and (len(parts) > 1 or ranks is not None or portion is not None):
-            sums = [torch.stack([own.reshape(()) for own in part.gathered.values()]) for part in parts if part.gathered]
-            for part, total in zip(parts, _everywhere(parts, ranks, sums, lambda part: list(part.gathered.items()))):
-                part.grad_square_sum += total.sum()
+            for part, total in zip(parts, _everywhere(parts, ranks, lambda part: list(part.gathered.items()))):
+                part.grad_square_sum += total[0]
         square_sum = parts[0].grad_square_sum
         for index, step in steps.items():
             idle = not batches or self._lr_is_zero(index, step)  # nor have other ranks a gradient, if the sum is 0
@@ -517,7 +530,6 @@ class _FusedClip:
         ranks: Ranks | None,
         square_sums: Tensor | None,
         rules: list[tuple[int, Rule]],
-        skips: bool,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
         observed: Tensor | None,
@@ -531,15 +543,11 @@ class _FusedClip:
         found_inf = _as_tensor(found_inf, device)
         if scale is not None:
             facts.unscale = 1.0 / scale.double().reshape(()).abs()
-        no_inf = torch.ones((), dtype=torch.bool, device=device) if found_inf is None else found_inf.reshape(()) == 0
-        facts.would_live = no_inf
         if square_sums is not None:
             facts.norm = square_sums.sum().sqrt() * facts.unscale
             facts.usable = facts.norm.isfinite() & (facts.norm > 0)
             if found_inf is not None:
-                facts.usable = facts.usable & no_inf
-            if skips:
-                facts.would_live = no_inf & facts.norm.isfinite()
+                facts.usable = facts.usable & (found_inf.reshape(()) == 0)
         facts.suppressed = torch.zeros((), dtype=torch.float64, device=device)
         if observed is not None:
             suppressed, total = moved(observed, device).double().unbind()
@@ -642,10 +650,15 @@ class _FusedClip:
             self._ranks = Ranks(self.param_groups, groups["shard_group"], groups["data_group"], on_host)
         return self._ranks
 
-    def _parts(self, batches: list[Batch], ranks: Ranks | None, portion: Portion | None) -> list[Part]:
-        """The batches by device, each with the backend that runs there and what the device keeps between steps."""
+    def _parts(
+        self, batches: list[Batch], ranks: Ranks | None, portion: Portion | None, reads_twice: bool
+    ) -> list[Part]:
+        """The batches by device, each with the backend that runs there and what the device keeps between steps.
+
+        `reads_twice`: gradients are read before the update, too.
+        """
         parts: dict[torch.device, Part] = {}
-        offloaded = self.offload is not None and self._offloaded_by(batches)
+        offloaded = self.offload is not None and self._offloaded_by(batches, reads_twice)
         for batch in batches:
             if offloaded:
                 batch.device = HOST
@@ -658,15 +671,15 @@ class _FusedClip:
             part.coupled.append(_is_coupled(group))
             part.spiked.append(_find(group, SpikeClip) is not None)
         if not parts:  # other ranks have gradients: this one keeps the books with them
-            p = next((p for group in self.param_groups for p in group["params"]), self._grad_square_sum)
-            device = local(p).device if self.offload is None else HOST
+            p = next((p for group in self.param_groups for p in group["params"]), self._books.grad_square_sum)
+            device = self._home(local(p))
             parts[device] = Part(device, backends.choose_step("reference", device.type))
         first, *others = parts.values()
-        self._grad_square_sum = first.grad_square_sum = moved(self._grad_square_sum, first.device)
-        self._steps_skipped = first.steps_skipped = moved(self._steps_skipped, first.device)
+        self._books.grad_square_sum = first.grad_square_sum = moved(self._books.grad_square_sum, first.device)
+        self._books.steps_skipped = first.steps_skipped = moved(self._books.steps_skipped, first.device)
         for part in parts.values() if portion is not None else others:  # they decide alike; the first keeps the books
-            part.grad_square_sum = self._grad_square_sum.to(part.device, copy=True)
-            part.steps_skipped = torch.zeros_like(self._steps_skipped, device=part.device)
+            part.grad_square_sum = self._books.grad_square_sum.to(part.device, copy=True)
+            part.steps_skipped = torch.zeros_like(self._books.steps_skipped, device=part.device)
             part.previous_norm = portion is not None
         for part in parts.values():
             for batch in part.batches:
@@ -676,7 +689,7 @@ class _FusedClip:
                     part.gathered[None] = part.grad_square_sum
         return list(parts.values())
 
-    def _offloaded_by(self, batches: list[Batch]) -> Offloaded | None:
+    def _offloaded_by(self, batches: list[Batch], reads_twice: bool) -> Offloaded | None:
         """What steps tensors of other devices on the host, ready for a step; None where all are the host's.
 
         Raises:
@@ -686,9 +699,7 @@ class _FusedClip:
             check_reach(f'param_groups[{batch.group}]["params"][{batch.positions[0]}]', batch.device)
         if not any(is_away(batch.device) for batch in batches):
             return None
-        rules = [rule for group in self.param_groups for rule in _rules_of(group)]
-        twice = self.skip_nonfinite or any(rule.needs_norm or "grad" in rule.extra_reads for rule in rules)
-        return self._offloaded.use(backends.choose_step(self.backend, HOST.type), keeps_gradients=twice)
+        return self._offloaded.use(backends.choose_step(self.backend, HOST.type), keeps_gradients=reads_twice)
 
     def _place(self, part: Part, tables: list) -> None:
         groups = [self.param_groups[batch.group] for batch in part.batches]
@@ -722,15 +733,18 @@ class _FusedClip:
                 batch.bias_weights[i] = own["bias_weights"]
         return part.backend.tensor_table(*batch.tensors(), -1 if part.samples is None else part.samples.count)
 
+    def _home(self, p: Tensor) -> torch.device:
+        """Where a parameter's moments are."""
+        return p.device if self.offload is None else HOST
+
     def _new_state(self, p: Tensor, group: dict[str, Any], on_device: bool) -> dict[str, Any]:
         # The GPU kernels advance the step themselves, so that a skipped step needs no host read.
         on_device = on_device or group["capturable"] or group["fused"]
         step_dtype = torch.float32 if group["fused"] or torch.get_default_dtype() != torch.float64 else torch.float64
-        where = {} if self.offload is None else {"device": HOST}
-        step_device = where.get("device", p.device) if on_device else "cpu"
-        state = {"step": torch.zeros((), dtype=step_dtype, device=step_device)}
+        home = self._home(p)
+        state = {"step": torch.zeros((), dtype=step_dtype, device=home if on_device else "cpu")}
         for name in ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if group["amsgrad"] else ()):
-            state[name] = torch.zeros_like(p, dtype=self.state_dtype, memory_format=torch.preserve_format, **where)
+            state[name] = torch.zeros_like(p, dtype=self.state_dtype, memory_format=torch.preserve_format, device=home)
         for rule in _rules_of(group):  # see state_dict
             for name in rule.of_parameters():
                 first = rule.memory(1)[name][1]
@@ -835,32 +849,6 @@ class _FusedClip:
                 decoupled_weight_decay=group["decoupled_weight_decay"],
             )
 
-    # ------------------------------------------------------------ books
-
-    @property
-    def _grad_square_sum(self) -> Tensor:
-        return self._books["grad_square_sum"]
-
-    @_grad_square_sum.setter
-    def _grad_square_sum(self, value: Tensor) -> None:
-        self._books["grad_square_sum"] = value
-
-    @property
-    def _steps_skipped(self) -> Tensor:
-        return self._books["steps_skipped"]
-
-    @_steps_skipped.setter
-    def _steps_skipped(self, value: Tensor) -> None:
-        self._books["steps_skipped"] = value
-
-    @property
-    def _observed(self) -> Tensor | None:
-        return self._books["observed"]
-
-    @_observed.setter
-    def _observed(self, value: Tensor | None) -> None:
-        self._books["observed"] = value
-
     # ------------------------------------------------------------ what the extras offer
 
     @property
@@ -869,12 +857,12 @@ class _FusedClip:
 
         0 before the first step. Reading it costs no pass over memory and no host sync.
         """
-        return self._grad_square_sum.sqrt().to(torch.float32)
+        return self._books.grad_square_sum.sqrt().to(torch.float32)
 
     @property
     def step_count_skipped(self) -> Tensor:
         """Steps skipped so far because of `skip_nonfinite` or a GradScaler's `found_inf`: int64, 0-d."""
-        return self._steps_skipped
+        return self._books.steps_skipped
 
     def observe(self, stats: ClipStats) -> None:
         """Hands the next step what an objective clipped; several calls before one step add up.
@@ -889,7 +877,7 @@ class _FusedClip:
             raise TypeError(f"observe expects a ClipStats, got {type(stats).__name__}")
         if self._backward_step is not None:
             self._backward_step._check_observe()
-        self._observed = _sum_of(self._observed, _mass(stats))
+        self._books.observed = _sum_of(self._books.observed, _mass(stats))
 
     @torch.no_grad()
     def reset_momentum(self, moments: bool = True, counters: bool = True) -> None:
@@ -999,10 +987,10 @@ class _FusedClip:
 
     def _of_all_groups(self) -> dict[str, Tensor]:
         """In the entry of each, so that a group that is saved or found without the others has it."""
-        observed = torch.zeros(2) if self._observed is None else self._observed  # of one shape in any state
+        observed = torch.zeros(2) if self._books.observed is None else self._books.observed  # of one shape in any state
         return {
-            "grad_square_sum": self._grad_square_sum.clone(),
-            "steps_skipped": self._steps_skipped.clone(),
+            "grad_square_sum": self._books.grad_square_sum.clone(),
+            "steps_skipped": self._books.steps_skipped.clone(),
             "observed": observed.to(self._state_device(), copy=True),
         }
 
@@ -1086,9 +1074,9 @@ class _FusedClip:
             memory = extra.get("memory", {})  # an empty dict is lost where torch flattens a state dict
             self._memory[index] = self._loaded_memory(group, memory, [loaded["state"].get(i, {}) for i in ids])
             if "observed" in extra:
-                self._grad_square_sum = extra["grad_square_sum"].clone()
-                self._steps_skipped = extra["steps_skipped"].clone()
-                self._observed = extra["observed"].clone()
+                self._books.grad_square_sum = extra["grad_square_sum"].clone()
+                self._books.steps_skipped = extra["steps_skipped"].clone()
+                self._books.observed = extra["observed"].clone()
 
     @staticmethod
     def _without_tensors(state_dict: dict[str, Any]) -> dict[Any, Any]:
@@ -1113,23 +1101,20 @@ class _FusedClip:
             }
             for key in rule.of_parameters():
                 first = rule.memory(1)[key][1]
-                first = torch.tensor(first, dtype=torch.float64, device="cpu")
-                values = [state.get(f"{name}_{key}", first) for state in states]
-                tensors[key] = torch.tensor([float(value) for value in values], dtype=torch.float64, device="cpu")
+                values = [float(state.get(f"{name}_{key}", first)) for state in states]
+                tensors[key] = torch.tensor(values, dtype=torch.float64, device="cpu")
             memory[name] = {"steps": int(saved[name]["steps"]), "tensors": tensors}
         return memory
 
     def _copy_loaded(self, name: str, value: Tensor, saved: Any, p: Tensor) -> Tensor:
         # torch casts every floating state to the parameter's dtype; ours may be wider.
-        home = p.device if self.offload is None else HOST
-        if not isinstance(saved, Tensor):
-            return value.clone() if self.offload is None else value.to(HOST, copy=True)
-        if name == "bias_weights":
-            return saved.to(home, torch.float64, copy=True)
-        if name not in ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"):  # what a rule remembers, see state_dict
-            return saved.to("cpu", torch.float64, copy=True)
-        if name != "step" and (self.state_dtype is not None or self.offload is not None):
-            return saved.to(home, self.state_dtype or p.dtype, copy=True)
+        if isinstance(saved, Tensor):
+            if name == "bias_weights":
+                return saved.to(self._home(p), torch.float64, copy=True)
+            if name not in ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"):  # what a rule remembers, see state_dict
+                return saved.to("cpu", torch.float64, copy=True)
+            if name != "step" and (self.state_dtype is not None or self.offload is not None):
+                return saved.to(self._home(p), self.state_dtype or p.dtype, copy=True)
         return value.clone() if self.offload is None else value.to(HOST, copy=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -1264,6 +1249,10 @@ def _rules_of(group: dict[str, Any]) -> tuple[Rule, ...]:
     )
 
 
+def _zero(dtype: torch.dtype) -> Tensor:
+    return torch.zeros((), dtype=dtype, device="cpu")
+
+
 def _with_step(weights: Tensor, step: Tensor) -> Tensor:
     """`bias_weights` as saved: float64 [3], W1, W2 and the step."""
     return torch.cat([weights, step.detach().to(weights.device, torch.float64).reshape(1)])
@@ -1315,21 +1304,21 @@ def _bound_samples(parts: list[Part], max_sample_norm: float) -> None:
 
 
 def _everywhere(
-    parts: list[Part],
-    ranks: Ranks | None,
-    sums: list[Tensor],
-    by_spread: Callable[[Part], list[tuple[Spread | None, Tensor]]],
+    parts: list[Part], ranks: Ranks | None, by_spread: Callable[[Part], list[tuple[Spread | None, Tensor]]]
 ) -> list[Tensor]:
-    """Each device's float64 [n] sums -> on every device, those of all devices and ranks. One device of one process
-    keeps its own as they are.
+    """The sum over all devices and ranks, on every device: float64 [1]."""
+    total = over_everything([own for part in parts for own in by_spread(part)], ranks, parts[0].device)
+    return [moved(total.reshape(1), part.device) for part in parts]
+
+
+def _not_skipped(device: torch.device, found_inf: Tensor | None, norm: Tensor | None) -> Tensor:
+    """What the prologue makes of a step, where no tensor here has scalars that tell: bool 0-d.
+
+    Args:
+        norm: where one that is not finite skips the step.
     """
-    if ranks is not None:
-        total = ranks.total([own for part in parts for own in by_spread(part)], parts[0].device)
-        return [moved(total.reshape(1), part.device) for part in parts]
-    if len(parts) == 1:
-        return sums
-    of_devices = [own.sum() for own in sums]
-    return [torch.stack([moved(own, part.device) for own in of_devices]) for part in parts]
+    live = torch.ones((), dtype=torch.bool, device=device) if found_inf is None else found_inf.reshape(()) == 0
+    return live if norm is None else live & norm.isfinite()
 
 
 def _as_tensor(value: Any, device: torch.device) -> Tensor | None:

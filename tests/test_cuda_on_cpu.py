@@ -40,7 +40,7 @@ def test_no_order_of_threads_and_blocks_changes_a_bit(monkeypatch, dtype, rule):
     def go(order: str) -> list[torch.Tensor]:
         monkeypatch.setenv("CUDA_ON_CPU_ORDER", order)
         opt, own = run(fca.FusedClipAdamW, params, grads, backend="cuda", **RULES[rule])
-        return [*results(opt, own), opt._grad_square_sum.clone()]
+        return [*results(opt, own), opt._books.grad_square_sum.clone()]
 
     forward = go("forward")
     assert bitwise_equal(forward, go("reverse"))

@@ -70,7 +70,7 @@ def _own_state(opt, p) -> dict[str, Tensor]:
 
 
 def everything(opt) -> list[Tensor]:
-    out = [opt._grad_square_sum, opt.step_count_skipped]
+    out = [opt._books.grad_square_sum, opt.step_count_skipped]
     for group in opt.param_groups:
         for p in group["params"]:
             out += [p.detach(), *(v for _, v in sorted(_own_state(opt, p).items()))]

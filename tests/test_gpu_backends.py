@@ -360,7 +360,7 @@ def test_runs_are_bitwise_repeatable(backend, device):
     for options in (dict(grad_clip=0.5, overshoot="align"), dict(overshoot="align-element")):
         runs = [run(fca.FusedClipAdamW, params, grads, backend=backend, device=device, **options) for _ in range(2)]
         assert bitwise_equal(results(*runs[0]), results(*runs[1]))
-        assert torch.equal(runs[0][0]._grad_square_sum, runs[1][0]._grad_square_sum)
+        assert torch.equal(runs[0][0]._books.grad_square_sum, runs[1][0]._books.grad_square_sum)
 
 
 # ---------------------------------------------------------------- what changes between steps

@@ -119,8 +119,9 @@ def raw(tensor: Tensor) -> bytes:
 
 def snapshot(opt) -> list:
     """All that a step may write, and the keys of all dicts."""
-    out = [(k, raw(getattr(opt, k))) for k in ("_grad_square_sum", "_steps_skipped")]
-    out.append(None if opt._observed is None else raw(opt._observed))
+    books = opt._books
+    out = [(k, raw(getattr(books, k))) for k in ("grad_square_sum", "steps_skipped")]
+    out.append(None if books.observed is None else raw(books.observed))
     for group in opt.param_groups:
         out.append([(k, repr(v)) for k, v in group.items() if k != "params"])
         for p in group["params"]:

@@ -1,7 +1,5 @@
 """The optimizer in Lightning's own Trainer: same weights as AdamW, its norm logged, exact resumption, statistics."""
 
-import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -17,6 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, DistributedSampler
+from trainer_checks import records_of_two
 
 import fused_clip_adam as fca
 from fused_clip_adam.integrations.lightning import FusedClipCallback, observe
@@ -399,13 +398,7 @@ def rank_of_two(folder):
 
 
 def test_two_processes_stay_identical(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, __file__, str(tmp_path)], capture_output=True, text=True, env=environment, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    first, second = records_of_two(__file__, tmp_path)
     one, other = first["summed"], second["summed"]
     assert one["world_size"] == 2 and [row["tokens"] for row in one["observed"]] == [16.0] * 8
     for name in ("weights", "state", "observed"):

@@ -15,6 +15,7 @@ pytest.importorskip("rsl_rl", reason="rsl-rl-lib is not installed: make trainers
 from rsl_rl.algorithms import PPO
 from rsl_rl.runners import OnPolicyRunner
 from tensordict import TensorDict
+from trainer_checks import Counted, Deaf, same
 
 import fused_clip_adam as fca
 from fused_clip_adam.integrations.rsl_rl import FusedPPO
@@ -33,13 +34,7 @@ INFINITY = float("inf")
 # (a sign, 1/B, a clipped sample, an entropy term) is above 1e-3.
 RELATIVE_TOLERANCE = 1e-5
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Env(rsl_rl_reach.ReachEnv):
@@ -84,33 +79,6 @@ def trained(rollouts, **options):
 def weights(runner):
     params = [*runner.alg.actor.parameters(), *runner.alg.critic.parameters()]
     return torch.cat([p.detach().flatten() for p in params])
-
-
-class Counted(fca.FusedClipAdamW):
-    """Notes what the trainer tells it."""
-
-    def __init__(self, *args, **options):
-        self.told = []
-        super().__init__(*args, **options)
-
-    def observe(self, stats):
-        self.told.append(stats.to_dict())
-        super().observe(stats)
-
-    def new_rollout(self):
-        self.told.append("rollout")
-        super().new_rollout()
-
-    def step(self, closure=None):
-        self.told.append("step")
-        return super().step(closure)
-
-
-class Deaf(fca.FusedClipAdamW):
-    """Is told nothing."""
-
-    def observe(self, stats):
-        pass
 
 
 # ---------------------------------------------------------------- configuration and optimizer
@@ -369,17 +337,6 @@ def test_two_processes_take_the_same_steps(tmp_path):
 
 
 # ---------------------------------------------------------------- checkpoints
-
-
-def same(one, other):
-    """Bit for bit, whatever is inside."""
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
 
 
 def test_resumed_run_is_the_uninterrupted_one(tmp_path):

@@ -16,6 +16,7 @@ from stable_baselines3.common import envs as sb3_envs
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.utils import LinearSchedule
+from trainer_checks import Counted, Deaf, same
 
 import fused_clip_adam as fca
 from fused_clip_adam.integrations.stable_baselines3 import FusedPPO
@@ -33,13 +34,7 @@ STEPS_PER_ROLLOUT = 3 * ROLLOUT // 32  # of the optimizer
 # (a sign, 1/B, a clipped sample, an entropy term) is above 1e-3.
 RELATIVE_TOLERANCE = 1e-5
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_model(cls=FusedPPO, env="CartPole-v1", optimizer=fca.FusedClipAdamW, optimizer_kwargs=None, **options):
@@ -58,33 +53,6 @@ def trained(rollouts, *args, **options):
 
 def weights(model):
     return torch.cat([p.detach().flatten() for p in model.policy.parameters()])
-
-
-class Counted(fca.FusedClipAdamW):
-    """Notes what the trainer tells it."""
-
-    def __init__(self, *args, **options):
-        self.told = []
-        super().__init__(*args, **options)
-
-    def observe(self, stats):
-        self.told.append(stats.to_dict())
-        super().observe(stats)
-
-    def new_rollout(self):
-        self.told.append("rollout")
-        super().new_rollout()
-
-    def step(self, closure=None):
-        self.told.append("step")
-        return super().step(closure)
-
-
-class Deaf(fca.FusedClipAdamW):
-    """Is told nothing."""
-
-    def observe(self, stats):
-        pass
 
 
 # ---------------------------------------------------------------- the optimizer alone
@@ -356,17 +324,6 @@ def set_generators(states):
     torch.set_rng_state(states[0])
     np.random.set_state(states[1])
     random.setstate(states[2])
-
-
-def same(one, other):
-    """Bit for bit, whatever is inside."""
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
 
 
 @pytest.mark.parametrize(

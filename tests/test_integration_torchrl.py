@@ -32,13 +32,7 @@ from fused_clip_adam.integrations.torchrl import FusedClipPPOLoss
 # ulps; a missing factor, mask or clipped sample is above 1e-2.
 RELATIVE_TOLERANCE = 1e-5
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---------------------------------------------------------------- networks and batches

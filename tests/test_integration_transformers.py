@@ -34,13 +34,7 @@ VOCABULARY, LENGTH = 16, 12
 # `steps` steps can move a weight; a wrong clip, decay or scheduler is above 20 %.
 WEIGHTS_MAY_DIFFER = 0.01
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_rows(count=256, seed=0):

@@ -3,7 +3,6 @@
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ trl = pytest.importorskip("trl")
 pytest.importorskip("datasets")
 
 from datasets import Dataset  # noqa: E402
+from trainer_checks import records_of_two  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
 import fused_clip_adam as fca  # noqa: E402
@@ -504,13 +504,7 @@ def rank_of_two(folder):
 
 
 def test_two_processes_stay_identical(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, __file__, str(tmp_path)], capture_output=True, text=True, env=environment, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    first, second = records_of_two(__file__, tmp_path)
     one, other = first["summed"], second["summed"]
     assert one["world_size"] == 2 and len(one["observed"]) == 8 * 2, "once per micro-batch"
     for name in ("weights", "state", "memory", "observed", "norms"):

@@ -296,23 +296,25 @@ def test_compiled_training_step(backend):
     assert largest_error(train(True), train(False)) <= tolerance(torch.float32, 3)
 
 
-def test_grad_scaler(backend):
-    def train(build):
-        torch.manual_seed(0)
-        model = torch.nn.Linear(16, 16).cuda()
-        opt = build(model.parameters())
-        scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10, growth_interval=2)
-        x = torch.randn(8, 16, device="cuda")
-        for step in range(6):
-            opt.zero_grad()
-            loss = model(x).square().mean() * (float("inf") if step == 2 else 1.0)
-            scaler.scale(loss).backward()
-            scaler.step(opt)
-            scaler.update()
-        return [p.detach() for p in model.parameters()], scaler.get_scale()
+def trained_with_a_scaler(build):
+    """Six steps, one of which overflows: (parameters, scale)."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(16, 16).cuda()
+    opt = build(model.parameters())
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10, growth_interval=2)
+    x = torch.randn(8, 16, device="cuda")
+    for step in range(6):
+        opt.zero_grad()
+        loss = model(x).square().mean() * (float("inf") if step == 2 else 1.0)
+        scaler.scale(loss).backward()
+        scaler.step(opt)
+        scaler.update()
+    return [p.detach() for p in model.parameters()], scaler.get_scale()
 
-    ours, our_scale = train(lambda params: fca.FusedClipAdamW(params, backend=backend))
-    theirs, scale = train(lambda params: torch.optim.AdamW(params, fused=True))
+
+def test_grad_scaler(backend):
+    ours, our_scale = trained_with_a_scaler(lambda params: fca.FusedClipAdamW(params, backend=backend))
+    theirs, scale = trained_with_a_scaler(lambda params: torch.optim.AdamW(params, fused=True))
     assert our_scale == scale
     assert largest_error(ours, theirs) <= tolerance(torch.float32, 6)
 
@@ -491,22 +493,8 @@ def test_offloaded_step_of_odd_layouts(backend):
 
 
 def test_offloaded_step_with_a_grad_scaler(backend):
-    def train(build):
-        torch.manual_seed(0)
-        model = torch.nn.Linear(16, 16).cuda()
-        opt = build(model.parameters())
-        scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10, growth_interval=2)
-        x = torch.randn(8, 16, device="cuda")
-        for step in range(6):
-            opt.zero_grad()
-            loss = model(x).square().mean() * (float("inf") if step == 2 else 1.0)
-            scaler.scale(loss).backward()
-            scaler.step(opt)
-            scaler.update()
-        return [p.detach() for p in model.parameters()], scaler.get_scale()
-
-    ours, our_scale = train(lambda params: fca.FusedClipAdamW(params, offload="cpu"))
-    theirs, scale = train(lambda params: torch.optim.AdamW(params, fused=True))
+    ours, our_scale = trained_with_a_scaler(lambda params: fca.FusedClipAdamW(params, offload="cpu"))
+    theirs, scale = trained_with_a_scaler(lambda params: torch.optim.AdamW(params, fused=True))
     assert our_scale == scale
     assert largest_error(ours, theirs) <= tolerance(torch.float32, 6)
 

@@ -12,6 +12,7 @@ import torch
 
 import fused_clip_adam as fca
 from fused_clip_adam.integrations.clipping import refuse_second_clip
+from fused_clip_adam.integrations.metrics import shares
 
 # What the trainers here can hand to an objective beside log-probabilities and advantages.
 AVAILABLE_INPUTS = ("entropy",)
@@ -122,10 +123,8 @@ class FusedSurrogate:
     def summary(self):
         """{name: float} over all minibatches; the only method that reads the device.
 
-        `loss`: mean of the minibatches' losses. `suppressed_mass`: share of the advantage mass whose gradient the clip
-        removed. `ess`: effective sample size of the ratios, 1 = on policy. `nonfinite`: samples left out because they
-        were not finite. `grad_norm`: mean of the steps' `optimizer.grad_norm`, only where the optimizer has it and made
-        a step.
+        `loss`: mean of the minibatches' losses. Those of `metrics.shares`; a token is a sample. `grad_norm`: mean of
+        the steps' `optimizer.grad_norm`, only where the optimizer has it and made a step.
 
         Raises:
             RuntimeError: `attach` was never called.
@@ -135,14 +134,7 @@ class FusedSurrogate:
                 "the trainer's update asked for no log-probabilities: the update is not built like that of the version "
                 "which this integration was written against"
             )
-        seen = self.stats.to_dict()
-        samples = max(seen["tokens"], 1.0)
-        values = {
-            "loss": _mean(self._losses),
-            "suppressed_mass": seen["suppressed_mass"] / max(seen["total_mass"], 1e-12),
-            "ess": seen["ratio_sum"] ** 2 / max(seen["ratio_sq_sum"] * samples, 1e-12),
-            "nonfinite": seen["nonfinite"],
-        }
+        values = {"loss": _mean(self._losses), **shares(self.stats.to_dict())}
         if self._grad_norms:
             values["grad_norm"] = _mean(self._grad_norms)
         return values

@@ -7,6 +7,7 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 import fused_clip_adam as fca
+from fused_clip_adam.integrations.metrics import shares
 from fused_clip_adam.integrations.transformers import FusedTrainerMixin, clip_aware_optimizer
 from fused_clip_adam.monitor import OvershootMonitor, require_matplotlib
 
@@ -230,9 +231,7 @@ class FusedGRPOTrainer(FusedTrainerMixin, GRPOTrainer):
         values["clip_ratio/high_mean"] = clip["clipped_high"] / tokens
         values["clip_ratio/region_mean"] = (clip["clipped_low"] + clip["clipped_high"]) / tokens
         values["policy/kl_k3"] = clip["kl_k3"] / tokens
-        values["policy/suppressed_mass"] = clip["suppressed_mass"] / max(clip["total_mass"], 1e-12)
-        values["policy/ess"] = clip["ratio_sum"] ** 2 / max(clip["ratio_sq_sum"] * tokens, 1e-12)
-        values["policy/nonfinite"] = clip["nonfinite"]
+        values |= {f"policy/{name}": value for name, value in shares(clip).items()}
         for name, value in values.items():
             self._metrics[mode][name].append(float(value))
 

@@ -35,6 +35,7 @@ from verl.workers.config import ActorConfig, PolicyLossConfig
 import fused_clip_adam as fca
 from fused_clip_adam.integrations.clipping import refuse_two_clips
 from fused_clip_adam.integrations.handover import FusedClipAdamW, hand_over
+from fused_clip_adam.integrations.metrics import shares
 
 __all__ = ["OBJECTIVES", "FusedClipAdamW", "FusedPolicyLossConfig", "aggregation_of", "metrics_of", "objective_of"]
 
@@ -184,8 +185,7 @@ def metrics_of(stats):
     """Floats by verl's names, per token, and `actor/nonfinite`, the number of tokens left out; reads the device once.
 
     `actor/pg_clipfrac`: past the bound that stops them. `actor/pg_clipfrac_lower`: past the dual clip. `actor/ppo_kl`:
-    mean of old_log_prob - log_prob, not clamped. `actor/suppressed_mass`: share of the advantage mass whose gradient
-    the clip removed. `actor/ess`: effective sample size of the ratios, 1 = on policy.
+    mean of old_log_prob - log_prob, not clamped. `actor/suppressed_mass`, `actor/ess`: see `metrics.shares`.
     """
     seen = stats.to_dict()  # verl makes a float of every metric at once; one read is the least
     tokens = max(seen["tokens"], 1.0)
@@ -193,9 +193,7 @@ def metrics_of(stats):
         "actor/pg_clipfrac": (seen["clipped_low"] + seen["clipped_high"]) / tokens,
         "actor/pg_clipfrac_lower": seen["clipped_dual"] / tokens,
         "actor/ppo_kl": seen["kl_k1"] / tokens,
-        "actor/suppressed_mass": seen["suppressed_mass"] / max(seen["total_mass"], 1e-12),
-        "actor/ess": seen["ratio_sum"] ** 2 / max(seen["ratio_sq_sum"] * tokens, 1e-12),
-        "actor/nonfinite": seen["nonfinite"],
+        **{f"actor/{name}": value for name, value in shares(seen).items()},
     }
 
 
