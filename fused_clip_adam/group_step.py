@@ -159,7 +159,7 @@ class GroupStep:
     @property
     def usable(self) -> Tensor:
         """bool 0-d: the norm that the rule at hand reads is finite and not zero, and the step is not skipped."""
-        if self.facts.previous and self.rule.of_all and not self.rule.per_tensor:
+        if self.facts.previous and self.rule.needs_total_only:
             return self.live & self.norm.isfinite() & (self.norm > 0)
         return self.facts.usable
 

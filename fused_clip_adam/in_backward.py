@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -266,15 +267,20 @@ def step_in_backward(
 
 
 def _check_rules(optimizer: _FusedClip, previous_norm: bool) -> None:
-    """Raises:
-    ValueError: a rule that needs all gradients of a step.
-    """
     for index, group in enumerate(optimizer.param_groups):
-        for rule in grad_clip_rules(as_grad_clip(group.get("grad_clip"))):
-            if rule.sums_all:
-                raise ValueError(f"param_groups[{index}]: {rule} needs the gradients of all tensors at once")
-            if rule.of_all and rule.needs_norm and not previous_norm:
-                raise ValueError(
-                    f"param_groups[{index}]: {rule} needs this step's norm, which is not known before the last "
-                    "gradient; previous_norm=True takes that of the step before"
-                )
+        rules = grad_clip_rules(as_grad_clip(group.get("grad_clip")))
+        refuse_rules_over_all(f"param_groups[{index}]", rules, previous_norm)
+
+
+def refuse_rules_over_all(where: str, rules: Iterable[Rule], previous_norm: bool) -> None:
+    """Raises:
+    ValueError: a clip rule that needs all gradients of a step; names it and `where`.
+    """
+    for rule in rules:
+        if rule.sums_all:
+            raise ValueError(f"{where}: {rule} needs the gradients of all tensors at once")
+        if rule.of_all and rule.needs_norm and not previous_norm:
+            raise ValueError(
+                f"{where}: {rule} needs this step's norm, which is not known before the last gradient; "
+                "previous_norm=True takes that of the step before"
+            )

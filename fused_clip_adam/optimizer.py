@@ -383,7 +383,7 @@ class _FusedClip:
         all_rules = [rule for group in self.param_groups for rule in _rules_of(group)]
         skips = self.skip_nonfinite if portion is None else portion.skip_nonfinite
         needs_norm = skips or any(
-            rule.needs_norm and (portion is None or rule.per_tensor or not rule.of_all) for rule in all_rules
+            rule.needs_norm and (portion is None or not rule.needs_total_only) for rule in all_rules
         )
         needs_max = any(rule.needs_max for rule in all_rules)
         reads_twice = needs_norm or any("grad" in rule.extra_reads for rule in all_rules)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fused_clip_adam.in_backward import step_in_backward
+from fused_clip_adam.in_backward import refuse_rules_over_all, step_in_backward
 from fused_clip_adam.offload import BUCKET_BYTES
 from fused_clip_adam.rules import (
     AlignedMomentum,
@@ -427,14 +427,7 @@ class _Step:
                 f'in_backward=True goes with sharding="fsdp" or gpus=1: DDP and zero1 reduce gradients after they have '
                 f"appeared, got sharding={sharding!r} and gpus={gpus!r}"
             )
-        for rule in self.all_rules:
-            if rule.sums_all:
-                raise ValueError(f"in_backward=True: {rule} needs the gradients of all tensors at once")
-            if rule.of_all and rule.needs_norm and not self.previous_norm:
-                raise ValueError(
-                    f"in_backward=True: {rule} needs this step's norm, which is not known before the last gradient; "
-                    "previous_norm=True takes that of the step before"
-                )
+        refuse_rules_over_all("in_backward=True", grad_clip_rules(self.grad_clip), self.previous_norm)
 
     def bytes_per_element(self) -> tuple[int, int]:
         """(what is read before the update, the update)."""
@@ -442,7 +435,7 @@ class _Step:
         update = bytes_per_element(*self.widths, **own)
         clips = grad_clip_rules(self.grad_clip)
         if self.in_backward:  # whose norm is the step before's reads none
-            clips = tuple(rule for rule in clips if not (rule.of_all and rule.needs_norm and not rule.per_tensor))
+            clips = tuple(rule for rule in clips if not rule.needs_total_only)
         together = bytes_per_element(
             *self.widths,
             **own,

@@ -37,6 +37,11 @@ class Rule:
         """Whether any of the three methods of a step has something to do."""
         return True
 
+    @property
+    def needs_total_only(self) -> bool:
+        """Whether the norm over all gradients is all that it needs of them before the update."""
+        return self.needs_norm and self.of_all and not self.per_tensor
+
     def memory(self, tensors: int) -> dict[str, tuple[tuple[int, ...], float]]:
         """What the rule remembers: name -> (shape, first value), float64. `tensors`: parameters of the group."""
         return {}
