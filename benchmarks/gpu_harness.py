@@ -163,7 +163,7 @@ def machine_info() -> dict:
         triton_version = None
     properties = torch.cuda.get_device_properties(0)
     inherited = harness.machine_info()
-    kept = ("cpu", "cores", "system", "python", "torch", "fused_clip_adam", "commit", "date")
+    kept = ("cpu", "cores", "system", "python", "torch", "fused_clip_adam", "packages", "commit", "date")
     return {
         "gpu": properties.name,
         "compute_capability": f"{properties.major}.{properties.minor}",

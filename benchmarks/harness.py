@@ -18,7 +18,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -36,6 +36,27 @@ MIN_ROUNDS = 5  # a budget never cuts a comparison shorter than this: p20 and p8
 # at the others' use, never at the times.
 QUIET = 0.15
 BLOCK_S = 0.25  # rounds are judged in blocks of at least this: the kernel counts CPU time in ticks of 10 ms
+
+# Whose versions a result states beside torch's, None where they are not installed: peers and trainers under comparison.
+MEASURED_PACKAGES = (
+    "deepspeed",
+    "torch-optimi",
+    "torchao",
+    "bitsandbytes",
+    "flashoptim",
+    "liger-kernel",
+    "apex",
+    "transformer_engine",
+    "transformers",
+    "accelerate",
+    "trl",
+    "stable-baselines3",
+    "torchrl",
+    "tensordict",
+    "rsl-rl-lib",
+    "lightning",
+    "verl",
+)
 
 # Reads plus writes of arrays with one entry an element; times the entry's width these are the bytes moved.
 # Caches larger than the tensors would save some of them; the tensors measured here are larger than the caches
@@ -120,6 +141,7 @@ def alternate(
     progress: Callable[[str], None] = lambda text: None,
     timed: Callable[[Callable[[], object]], float] = wall_seconds,
     watch_cores: bool = True,
+    workers: Sequence[int] = (),
 ) -> Alternation:
     """Times the candidates in turn, one call each a round: warm-up -> rounds -> quiet rounds -> paired times.
 
@@ -139,6 +161,7 @@ def alternate(
         timed: runs a candidate once and returns its seconds; by default on the host's clock.
         watch_cores: set rounds aside in which other processes used the cores; False: every round counts, as on
             a GPU, where they do not matter.
+        workers: ids of processes that run candidates: what they use of the cores is not the others'.
 
     Raises:
         ValueError: `baseline` is not among the candidates, or `rounds` is below 2.
@@ -167,12 +190,13 @@ def alternate(
             spent = _rounds_in(taken) >= rounds if budget_s is None else elapsed > budget_s
             if spent and _rounds_in(taken) >= min(MIN_ROUNDS, rounds):
                 break
-            block, cpu_before, block_start = [], _cpu_seconds() if watch_cores else None, time.perf_counter()
+            cpu_before = _cpu_seconds(workers) if watch_cores else None
+            block, block_start = [], time.perf_counter()
             while not block or (watch_cores and time.perf_counter() - block_start < BLOCK_S):
                 r = _rounds_in(taken) + len(block)
                 order = names[r % len(names) :] + names[: r % len(names)]
                 block.append({name: call(name) for name in (order if r % 2 == 0 else reversed(order))})
-            taken.append(_Block(block, _others_share(cpu_before, _cpu_seconds() if watch_cores else None)))
+            taken.append(_Block(block, _others_share(cpu_before, _cpu_seconds(workers) if watch_cores else None)))
             progress(f"{_rounds_in(taken)} rounds taken, {rounds} quiet ones wanted")
     kept = quiet if _rounds_in(quiet) >= min(MIN_ROUNDS, rounds) else taken
     shares = [block.others_share for block in kept if block.others_share is not None]
@@ -210,22 +234,25 @@ def _no_garbage_collection():
 
 
 class _CpuSeconds(NamedTuple):
-    """Since boot: all cores busy (time stolen by the host included) and idle; this process busy."""
+    """Since boot: all cores busy (time stolen by the host included) and idle; this process and its workers busy."""
 
     busy: float
     idle: float
     own: float
 
 
-def _cpu_seconds() -> _CpuSeconds | None:
+def _cpu_seconds(workers: Sequence[int] = ()) -> _CpuSeconds | None:
     try:
         fields = [int(x) for x in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        # The name, in parentheses, may hold spaces; user and system time are the 12th and 13th field after it.
+        stats = [Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split() for worker in workers]
     except (OSError, ValueError):  # not Linux
         return None
     user, nice, system, idle, iowait, irq, softirq, steal = fields
     tick, own = os.sysconf("SC_CLK_TCK"), os.times()
     busy = user + nice + system + irq + softirq + steal
-    return _CpuSeconds(busy / tick, (idle + iowait) / tick, own.user + own.system)
+    of_workers = sum(int(stat[11]) + int(stat[12]) for stat in stats) / tick
+    return _CpuSeconds(busy / tick, (idle + iowait) / tick, own.user + own.system + of_workers)
 
 
 def _others_share(start: _CpuSeconds | None, end: _CpuSeconds | None) -> float | None:
@@ -245,8 +272,8 @@ def machine_info() -> dict:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "deepspeed": _version("deepspeed"),
         "fused_clip_adam": _package_version(),
+        "packages": {package: _version(package) for package in MEASURED_PACKAGES},
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
@@ -307,6 +334,28 @@ class ReplayClock:
 
 
 REPLAY = ReplayClock()
+
+
+def is_ceiling(name: str) -> bool:
+    """Whether a candidate only moves memory: not a competitor."""
+    return name.endswith("(ceiling)") or name == "torch copy_"
+
+
+def peers_of(result: dict) -> list[str]:
+    """The candidates that are somebody else's way: neither ceilings nor ours in another backend, form or rule."""
+    return [name for name in result["candidates"] if not is_ceiling(name) and not _is_ours(result, name)]
+
+
+def variants_of(result: dict) -> list[str]:
+    """The candidates that are ours beside the baseline: another backend, another form, or the baseline with a rule."""
+    others = [name for name in result["candidates"] if not is_ceiling(name) and name != result["baseline"]]
+    return [name for name in others if _is_ours(result, name)]
+
+
+def _is_ours(result: dict, name: str) -> bool:
+    # Among the rules, which are named after themselves, torch's own way stands under its function's name.
+    by_name = name == result["baseline"] or name.startswith(BASELINE)
+    return by_name or bool(result.get("rules_of") and not name.startswith("clip_grad_norm_"))
 
 
 def summarize(
