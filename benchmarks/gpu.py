@@ -46,7 +46,7 @@ from benchmarks.gpu_peers import (
     unavailable_reason,
 )
 from benchmarks.harness import RESULTS, Target, alternate, summarize, write_json
-from benchmarks.peers import Work, check_same_work, faster_norm_foreach
+from benchmarks.peers import Work, check_same_work, faster_norm_foreach, too_many_shapes
 
 MAX_NORM = 1.0  # far below the norm of the random gradients: the clip acts in every step
 CEILING_TARGET = 0.92
@@ -535,7 +535,7 @@ def compare_steps(
     shapes = case.shapes(elements, quick)
 
     say("same work, small")
-    names, unavailable, deviations = _usable(case, device)
+    names, unavailable, deviations = _usable(case, device, shapes)
     say("tensors")
     tensors = Tensors(case, shapes, device)
     work = Work(max_norm=case.max_norm, state_dtype=case.state_dtype, states=tensors.states)
@@ -741,7 +741,9 @@ def _agreeing(
     return steps, deviations, others
 
 
-def _usable(case: Case, device: str) -> tuple[list[str], dict[str, str], dict[str, float]]:
+def _usable(
+    case: Case, device: str, shapes: list[tuple[int, ...]]
+) -> tuple[list[str], dict[str, str], dict[str, float]]:
     """(candidates, ours first; name -> why not; name -> deviation on a small case)."""
     if case.rules_of:
         name = {backend: name for name, backend in OURS.items()}[case.rules_of]
@@ -752,7 +754,7 @@ def _usable(case: Case, device: str) -> tuple[list[str], dict[str, str], dict[st
     for name in PEERS:
         if not fits(name, case.dtype, case.state_dtype, case.max_norm):
             continue
-        if (reason := unavailable_reason(name, device)) is not None:
+        if (reason := unavailable_reason(name, device) or too_many_shapes(name, shapes)) is not None:
             unavailable[name] = reason
             continue
         try:
@@ -787,7 +789,7 @@ def _moved(name: str, case: Case, elements: int) -> int | None:
             key: value for key, value in rules()[name].items() if key in ("amsgrad", "grad_clip", "overshoot", "reset")
         }
         return fca.theory.bytes_per_element(*(dtype.itemsize for dtype in dtypes), **own) * elements
-    passes = PEERS[name].passes if case.max_norm is None else PEERS[name].passes_with_clip
+    passes = PEERS[name].traffic if case.max_norm is None else PEERS[name].traffic_with_clip
     return None if passes is None else moved_bytes(passes, elements, *dtypes)
 
 

@@ -1,4 +1,4 @@
-"""The candidates on a GPU: ours by backend, torch's by peers.py, and whatever other package can be imported.
+"""The candidates on a GPU: ours by backend, torch's and the other packages' by peers.py, losses.
 
 A builder of a step is that of peers.py: parameters whose `.grad` is set and a `Work` -> a callable that does one step.
 A builder of a loss: a batch -> a callable that gives (loss, statistics), to be differentiated.
@@ -13,11 +13,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from benchmarks import peers
 from benchmarks.peers import (
+    LIGER,
+    PACKAGES,
     Params,
+    Peer,
     Step,
     Work,
     clip_then,
+    from_package,
     ours,
     share_states,
     torch_foreach,
@@ -55,52 +60,19 @@ def torch_fused_masters(params: Params, work: Work) -> Step:
     return clip_then(step, params, work)
 
 
-def _package(module: str, name: str, options: dict) -> Callable[[Params, Work], Step]:
-    """A builder for a package's optimizer class, behind `clip_grad_norm_`; its moments are its own."""
-
-    def build(params: Params, work: Work) -> Step:
-        cls = getattr(importlib.import_module(module), name)
-        return clip_then(cls(params, **work.adamw, **options).step, params, work)
-
-    return build
-
-
-@dataclass(frozen=True)
-class GpuPeer:
-    """A builder and what it does to memory.
-
-    Args:
-        passes: a key of `EXTRA_GRAD_PASSES`, with and without clip; None where no closed count is claimed.
-        states: "any", or the only dtypes of moments it keeps: "float32" or "param".
-        needs: the package it comes from.
-    """
-
-    build: Callable[[Params, Work], Step]
-    passes: str | None = None
-    passes_with_clip: str | None = None
-    only_with_clip: bool = False
-    states: str = "any"
-    needs: str | None = None
-
-
-def _other(package: str, module: str, name: str, states: str, **options) -> GpuPeer:
-    build = _package(module, name, options)
-    return GpuPeer(build, "update", "norm, scale, update", states=states, needs=package)
-
-
 PEERS = {
-    CUDA: GpuPeer(functools.partial(ours, backend="cuda"), "update", "norm, update"),
-    TRITON: GpuPeer(functools.partial(ours, backend="triton"), "update", "norm, update"),
-    FUSED: GpuPeer(torch_fused, "update", "norm, scale, update", states="param"),
-    TRICK: GpuPeer(torch_grad_scale, None, "norm, update writing g", only_with_clip=True, states="param"),
-    FOREACH: GpuPeer(torch_foreach, states="param"),  # an array pass for each arithmetic operation
-    MASTERS: GpuPeer(torch_fused_masters, states="float32"),
-    "bitsandbytes": _other("bitsandbytes", "bitsandbytes.optim", "AdamW", "float32", optim_bits=32),
-    "apex": _other("apex", "apex.optimizers", "FusedAdam", "float32", adam_w_mode=True),
-    "TransformerEngine": _other(
-        "transformer_engine", "transformer_engine.pytorch.optimizers", "FusedAdam", "float32", adam_w_mode=True
-    ),
-    "optimi": _other("optimi", "optimi", "AdamW", "param", triton=True, kahan_sum=False),
+    CUDA: Peer(functools.partial(ours, backend="cuda"), "update", "norm, update"),
+    TRITON: Peer(functools.partial(ours, backend="triton"), "update", "norm, update"),
+    FUSED: Peer(torch_fused, "update", "norm, scale, update", states="param"),
+    TRICK: Peer(torch_grad_scale, None, "norm, update writing g", only_with_clip=True, states="param"),
+    FOREACH: Peer(torch_foreach, states="param"),  # an array pass for each arithmetic operation
+    MASTERS: Peer(torch_fused_masters, states="float32"),
+    # Moments of 8 bits are other work; test_step.py has a case of it.
+    **{
+        name: from_package(package, "cuda")
+        for name, package in PACKAGES.items()
+        if package.cuda and not package.other_work
+    },
 }
 OURS = {CUDA: "cuda", TRITON: "triton"}
 
@@ -132,28 +104,24 @@ def unavailable_reason(name: str, device: str, of_loss: bool = False) -> str | N
         except Exception as error:
             return str(error)
         return None
-    package = LIGER_MODULE if name == LIGER else None if of_loss else PEERS[name].needs
-    if package is None:
+    if name != LIGER and (of_loss or PEERS[name].package is None):
         return None
     if device != "cuda":
-        return "runs on a GPU only"
+        return peers.GPU_ONLY
+    if name != LIGER:
+        return peers.unavailable_reason(name, device)
     try:
-        importlib.import_module(package)
-    except Exception as error:  # an extension built for another torch fails in ways of its own
+        importlib.import_module(LIGER_MODULE)
+    except Exception as error:
         return f"not importable ({type(error).__name__})"
     return None
 
 
 def fits(name: str, dtype: torch.dtype, state_dtype: torch.dtype | None, max_norm: float | None) -> bool:
     """Whether a candidate does the work of a case at all."""
-    peer = PEERS[name]
-    if peer.only_with_clip and max_norm is None:
-        return False
     if name == MASTERS:
         return dtype != torch.float32 and state_dtype == torch.float32
-    if peer.states == "param":
-        return state_dtype in (None, dtype)
-    return peer.states == "any" or (state_dtype or dtype) == torch.float32
+    return peers.fits(PEERS[name], dtype, state_dtype, max_norm)
 
 
 # ---------------------------------------------------------------- our rules
@@ -206,7 +174,7 @@ def build_rule(params: Params, work: Work, backend: str, options: dict) -> Step:
 
 # ---------------------------------------------------------------- losses
 
-LIGER, LIGER_MODULE = "Liger", "liger_kernel.transformers.grpo_loss"
+LIGER_MODULE = "liger_kernel.transformers.grpo_loss"
 ENTROPY_COEF = 0.01
 CHUNKS = (64, 1024)  # rows that eager torch takes at a time: 39 MB of float32, which an L2 holds, or few launches
 

@@ -24,9 +24,11 @@ from benchmarks.harness import (
     conditions_of,
     summarize,
 )
+from benchmarks.peers import GPU_ONLY, LIGER
 from benchmarks.test_objective import CLIP_HIGH, CLIP_LOW, EAGER, STREAM, ppo_in_torch
 
 pytestmark = pytest.mark.benchmark(timer=REPLAY)
+SECONDS_A_CASE = 35
 
 OUT_OF_PLACE = "ours, new gradient"
 CANDIDATES = [BASELINE, OUT_OF_PLACE, EAGER, STREAM]
@@ -36,6 +38,11 @@ ENTROPY_COEF = 0.01
 # Least traffic: read the logits, read them again for the gradient, write it.
 FLOOR_BYTES_PER_LOGIT = 12
 LEAST_OVER_EAGER, MOST_MEMORY = 2.0, 1.1
+
+
+def size_of(quick: bool) -> tuple[int, int]:
+    """Rows and vocabulary."""
+    return (16, 4_000) if quick else (ROWS, VOCABULARY)
 
 
 def loss_in_torch(logits, tokens, old_logp, advantages) -> torch.Tensor:
@@ -98,7 +105,7 @@ def print_peak(candidate: str, rows: int, vocabulary: int) -> None:
 
 def measure(quick: bool, progress: Callable[[str], None]) -> tuple[dict, dict[str, list[float]]]:
     """Same results checked -> peak memory of each -> candidates in alternation -> result and the seconds behind it."""
-    rows, vocabulary = (16, 4_000) if quick else (ROWS, VOCABULARY)
+    rows, vocabulary = size_of(quick)
     deviations = check_same_results()
     progress("logits: peak memory")
     peaks = {name: peak_over_logits(name, rows, vocabulary) for name in ([BASELINE] if quick else LOSSES)}
@@ -116,7 +123,7 @@ def measure(quick: bool, progress: Callable[[str], None]) -> tuple[dict, dict[st
     }
     moved: dict[str, int | None] = {name: None for name in LOSSES}
     moved[BASELINE] = moved[OUT_OF_PLACE] = FLOOR_BYTES_PER_LOGIT * logits.numel()
-    unavailable: dict[str, str] = {}
+    unavailable: dict[str, str] = {LIGER: GPU_ONLY}
     ceiling = None
     if (reason := stream.unavailable_reason()) is not None:
         unavailable[STREAM] = reason
@@ -128,7 +135,7 @@ def measure(quick: bool, progress: Callable[[str], None]) -> tuple[dict, dict[st
         candidates,
         5 if quick else 10,
         before=restore,
-        budget_s=2 if quick else 60,
+        budget_s=2 if quick else 20,
         progress=lambda text: progress(f"logits: {text}"),
     )
     summary = summarize(measured, moved, STREAM if ceiling is not None else None)
