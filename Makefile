@@ -62,7 +62,7 @@ demo: venv      ## a GRPO run through TRL; table and figure in demo_out/   (make
 bench: venv     ## CPU benchmarks against torch, ratios in alternation
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
-bench-full: venv  ## the same with DeepSpeedCPUAdam (builds it first)
+bench-full: venv  ## the same with DeepSpeedCPUAdam, which it builds first, optimi, torchao, flashoptim and bitsandbytes
 	FUSED_CLIP_ADAM_BUILD=none $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[bench]'
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m benchmarks.run $(ARGS)
 
