@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-import sys
-import time
 
 import pytest
 
 from benchmarks.harness import table, why_no_result, write_result
+from benchmarks.progress import Progress, to_stderr
 
 RESULTS = pytest.StashKey[list]()
+PROGRESS = pytest.StashKey[Progress]()
+QUICK_S = 4.0  # a case of --quick
 
 
 def pytest_addoption(parser):
@@ -30,22 +31,34 @@ def quick(request) -> bool:
     return request.config.getoption("--quick")
 
 
-@pytest.fixture(scope="session")
-def progress(request):
-    """Writes a line past pytest's capture: in place on a terminal, else every ten seconds."""
-    capture = request.config.pluginmanager.getplugin("capturemanager")
-    last = [0.0]
+def case_of(item: pytest.Item) -> str:
+    """What a row is measured with: a case of a module with `CASES`, or else the whole module."""
+    module = item.module.__name__.rpartition(".")[2]
+    name = getattr(item, "callspec", None) and item.callspec.params.get("name")
+    return f"{module}, {name}" if name else module
 
-    def show(text: str) -> None:
-        in_place = sys.__stderr__.isatty()
-        if not in_place and time.monotonic() - last[0] < 10:
-            return
-        last[0] = time.monotonic()
+
+def pytest_collection_finish(session):
+    """Knows the cases of this run and, by their modules' `SECONDS_A_CASE`, about how long each takes."""
+    quick = session.config.getoption("--quick")
+    estimates = {case_of(item): QUICK_S if quick else getattr(item.module, "SECONDS_A_CASE", 20.0) for item in session.items}
+    capture = session.config.pluginmanager.getplugin("capturemanager")
+
+    def past_the_capture(text: str) -> None:
         with capture.global_and_fixture_disabled():
-            sys.__stderr__.write(f"\r\033[K{text}" if in_place else f"{text}\n")
-            sys.__stderr__.flush()
+            to_stderr(text)
 
-    return show
+    session.config.stash[PROGRESS] = Progress(estimates, write=past_the_capture)
+
+
+def pytest_runtest_setup(item):
+    item.config.stash[PROGRESS].begin(case_of(item))
+
+
+@pytest.fixture(scope="session")
+def progress(request) -> Progress:
+    """Shows a text, and which case of how many it is of, past pytest's capture."""
+    return request.config.stash[PROGRESS]
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from benchmarks import stream
 from benchmarks.harness import BASELINE, REPLAY, Target, alternate, bytes_per_element, conditions_of, summarize
 
 pytestmark = pytest.mark.benchmark(timer=REPLAY)
+SECONDS_A_CASE = 40  # with compiling the peer
 
 STREAM = "stream (ceiling)"
 EAGER = "torch eager"
@@ -21,6 +22,11 @@ CLIP_LOW, CLIP_HIGH = 0.2, 0.28
 LEAST_OVER = {EAGER: 3.0, COMPILED: 1.5}  # their time over ours
 # Least traffic of loss, gradient and statistics: read logp, old_logp (float32), mask (bool); write dlogp.
 FLOOR_BYTES_PER_TOKEN = 4 + 4 + 1 + 4
+
+
+def shape_of(quick: bool) -> tuple[int, int]:
+    """Sequences and tokens of each."""
+    return (32, 512) if quick else (256, 4096)
 
 
 def ppo_in_torch(logp, old_logp, advantages, mask) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -82,7 +88,7 @@ def forward_backward(objective: Callable, batch: dict[str, torch.Tensor]) -> Cal
 
 def measure(quick: bool, progress: Callable[[str], None]) -> tuple[dict, dict[str, list[float]]]:
     """Same results checked -> candidates in alternation -> result and the seconds behind it."""
-    shape = (32, 512) if quick else (256, 4096)
+    shape = shape_of(quick)
     generator = torch.Generator().manual_seed(0)
     logp = torch.randn(shape, generator=generator).abs().neg()
     lengths = torch.randint(shape[1] // 2, shape[1] + 1, (shape[0], 1), generator=generator)
@@ -121,7 +127,7 @@ def measure(quick: bool, progress: Callable[[str], None]) -> tuple[dict, dict[st
     measured = alternate(
         candidates,
         5 if quick else 30,
-        budget_s=2 if quick else 15,
+        budget_s=2 if quick else 10,
         progress=lambda text: progress(f"objective: {text}"),
     )
     summary = summarize(measured, moved, STREAM if ceiling is not None else None)
