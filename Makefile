@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: help venv test trainers checks demo bench bench-full gpu gpu-checks lint format asan wheel clean
+.PHONY: help venv test trainers docs checks demo bench bench-full gpu gpu-checks lint format asan wheel clean
 
 help:           ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/ :/'
@@ -22,7 +22,7 @@ venv: .venv/ready  ## create .venv and build the library
 
 .venv/installed: .venv/created pyproject.toml
 	FUSED_CLIP_ADAM_BUILD=none $(BIN)/python -m pip install --quiet --progress-bar off \
-		--no-build-isolation --editable '.[test,demo,dev]'
+		--no-build-isolation --editable '.[test,demo,dev,docs]'
 	touch $@
 
 .venv/ready: .venv/installed $(SOURCES)
@@ -52,6 +52,12 @@ TRAINER_TEST = OMP_NUM_THREADS=1 FUSED_CLIP_ADAM_CUDA_LIBRARY=none
 trainers: .venv-trainers/ready .venv-verl/ready  ## the integrations with Stable-Baselines3, torchrl, Lightning, rsl-rl and verl
 	$(TRAINER_TEST) .venv-trainers/bin/python -m pytest $(IN_TRAINERS:%=tests/test_integration_%.py)
 	$(TRAINER_TEST) .venv-verl/bin/python -m pytest tests/test_integration_verl.py
+	$(TRAINER_TEST) .venv-trainers/bin/python -m pytest tests/test_docs_blocks.py -k "stable_baselines3 or torchrl or rsl_rl or lightning"
+	$(TRAINER_TEST) .venv-verl/bin/python -m pytest tests/test_docs_blocks.py -k verl
+
+docs: venv      ## the documentation, in build/docs: built without a network, read without one
+	@$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --quiet --doctree-dir build/doctrees docs build/docs
+	@echo "open build/docs/index.html"
 
 checks: venv    ## three properties of arXiv 2601.05002, measured; fails where one does not hold
 	for check in coast_after_clip reward_scale prefix_bias; do $(BIN)/python examples/$$check.py || exit 1; done
