@@ -310,9 +310,10 @@ def why_no_result(payload: dict) -> str | None:
         return "too busy a machine"
     if payload["ceiling"] is None:
         return "no ceiling measured in the same run"
-    for candidate, row in payload["candidates"].items():
-        if missing := {"seconds", "over_ours", "bytes"} - row.keys():
-            return f"{candidate} comes without {sorted(missing)}"
+    for measured in (payload, *payload.get("points", ())):
+        for candidate, row in measured["candidates"].items():
+            if missing := {"seconds", "over_ours", "bytes"} - row.keys():
+                return f"{candidate} comes without {sorted(missing)}"
     return None
 
 
@@ -424,7 +425,20 @@ def table(results: list[dict]) -> str:
             )
         lines += [f"  {name:32}not measured: {reason}" for name, reason in result["unavailable"].items()]
         lines += [f"  {note}" for note in result.get("notes", ())]
+        lines += _point_lines(result)
     return "\n".join(lines)
+
+
+def _point_lines(result: dict) -> list[str]:
+    """A line a point of a curve: the peers' times over ours, and ours of the stream."""
+    lines = []
+    for point in result.get("points", ()):
+        rows, baseline = point["candidates"], result["baseline"]
+        ratios = [f"{name} {rows[name]['over_ours']['p50']:.2f}x" for name in peers_of({**result, **point})]
+        if (fraction := rows[baseline]["fraction_of_stream"]) is not None:
+            ratios.append(f"{baseline} {fraction['p50']:.0%} of stream")
+        lines.append(f"  {point['x']:>11,} {result['x']}: {', '.join(ratios)}")
+    return lines
 
 
 def _conditions(result: dict) -> str:

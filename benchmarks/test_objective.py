@@ -74,6 +74,19 @@ def ours(logp, old_logp, advantages, mask):
     )
 
 
+def make_batch(shape: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """Sequences of half to all of the length, log-ratios of 0.2, so that some tokens clip."""
+    generator = torch.Generator().manual_seed(0)
+    logp = torch.randn(shape, generator=generator).abs().neg()
+    lengths = torch.randint(shape[1] // 2, shape[1] + 1, (shape[0], 1), generator=generator)
+    return {
+        "logp": logp.requires_grad_(),
+        "old_logp": logp.detach() + 0.2 * torch.randn(shape, generator=generator),
+        "advantages": torch.randn((shape[0], 1), generator=generator).expand(shape),
+        "mask": torch.arange(shape[1]) < lengths,
+    }
+
+
 def forward_backward(objective: Callable, batch: dict[str, torch.Tensor]) -> Callable[[], tuple]:
     """One measured call: it starts without a gradient, as in a training step."""
 
@@ -89,16 +102,8 @@ def forward_backward(objective: Callable, batch: dict[str, torch.Tensor]) -> Cal
 def measure(quick: bool, progress: Callable[[str], None]) -> tuple[dict, dict[str, list[float]]]:
     """Same results checked -> candidates in alternation -> result and the seconds behind it."""
     shape = shape_of(quick)
-    generator = torch.Generator().manual_seed(0)
-    logp = torch.randn(shape, generator=generator).abs().neg()
-    lengths = torch.randint(shape[1] // 2, shape[1] + 1, (shape[0], 1), generator=generator)
-    batch = {
-        "logp": logp.requires_grad_(),
-        "old_logp": logp.detach() + 0.2 * torch.randn(shape, generator=generator),
-        "advantages": torch.randn((shape[0], 1), generator=generator).expand(shape),
-        "mask": torch.arange(shape[1]) < lengths,
-    }
-    tokens = logp.numel()
+    batch = make_batch(shape)
+    tokens = batch["logp"].numel()
     unavailable: dict[str, str] = {}
     candidates = {BASELINE: forward_backward(ours, batch), EAGER: forward_backward(ppo_in_torch, batch)}
     if quick:

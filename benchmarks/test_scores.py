@@ -55,6 +55,39 @@ def shapes(quick: bool) -> list[tuple[int, ...]]:
     return [(width, width // 2), (width,), (width // 2, width), (width // 2,), (width // 4, width // 2), (18, width)]
 
 
+def einsum(p: torch.nn.Parameter, weights: torch.Tensor, own: torch.Tensor) -> None:
+    p.grad = torch.einsum("b,b...->...", weights, own).float()
+
+
+def matmul(p: torch.nn.Parameter, weights: torch.Tensor, own: torch.Tensor) -> None:
+    if p.grad is None:
+        p.grad = torch.empty_like(p)
+    torch.matmul(weights.unsqueeze(0), own.view(len(own), -1), out=p.grad.view(1, -1))
+
+
+CONTRACTIONS = {EINSUM: einsum, MATMUL: matmul}
+
+
+def contract_then_step(
+    contract: Callable, optimizer: fca.FusedClipAdamW, scores: list[torch.Tensor], logp, advantages
+) -> Callable[[], None]:
+    """What does without `step_from_scores`: the scores contracted to the gradient, then a step."""
+    params = optimizer.param_groups[0]["params"]
+
+    def step() -> None:
+        weights = fca.dloss_dlogp(logp, logp, advantages)
+        for p, own in zip(params, scores):
+            contract(p, weights.to(own.dtype), own)
+        optimizer.step()
+
+    return step
+
+
+def contracted_bytes(samples: int, width: int = 4) -> int:
+    """An element: scores of `width` bytes in, the gradient out (and converted), then the step."""
+    return samples * width + 4 + (0 if width == 4 else 2 * width) + fca.theory.bytes_per_element()
+
+
 def measure(case: Case, quick: bool, progress: Callable[[str], None]) -> tuple[dict, dict[str, list[float]]]:
     """Candidates in alternation on the same parameters and scores: 1.3 GB of them at B = 64, as much for the stream."""
     generator = torch.Generator().manual_seed(0)
@@ -67,43 +100,25 @@ def measure(case: Case, quick: bool, progress: Callable[[str], None]) -> tuple[d
     read = round(B * case.weighed)
     advantages[read:] = 0.0  # such as of a group of equal rewards
 
-    def build(**options) -> tuple[list[torch.nn.Parameter], fca.FusedClipAdamW]:
-        params = [torch.nn.Parameter(p.clone()) for p in start]
-        return params, fca.FusedClipAdamW(params, lr=1e-4, **options)
+    def optimizer(**options) -> fca.FusedClipAdamW:
+        return fca.FusedClipAdamW([torch.nn.Parameter(p.clone()) for p in start], lr=1e-4, **options)
 
     def from_scores(bound: float | None = None, **options) -> Callable[[], None]:
-        _, optimizer = build(**options)
-        return lambda: optimizer.step_from_scores(scores, logp, logp, advantages, max_sample_norm=bound)
+        own = optimizer(**options)
+        return lambda: own.step_from_scores(scores, logp, logp, advantages, max_sample_norm=bound)
 
-    def contracted(contract: Callable) -> Callable[[], None]:
-        params, optimizer = build()
+    def contracted(name: str) -> Callable[[], None]:
+        return contract_then_step(CONTRACTIONS[name], optimizer(), scores, logp, advantages)
 
-        def step() -> None:
-            weights = fca.dloss_dlogp(logp, logp, advantages)
-            for p, own in zip(params, scores):
-                contract(p, weights.to(own.dtype), own)
-            optimizer.step()
-
-        return step
-
-    def einsum(p: torch.nn.Parameter, weights: torch.Tensor, own: torch.Tensor) -> None:
-        p.grad = torch.einsum("b,b...->...", weights, own).float()
-
-    def matmul(p: torch.nn.Parameter, weights: torch.Tensor, own: torch.Tensor) -> None:
-        if p.grad is None:
-            p.grad = torch.empty_like(p)
-        torch.matmul(weights.unsqueeze(0), own.view(B, -1), out=p.grad.view(1, -1))
-
-    candidates = {BASELINE: from_scores(), ALIGN: from_scores(overshoot="align"), EINSUM: contracted(einsum)}
+    candidates = {BASELINE: from_scores(), ALIGN: from_scores(overshoot="align"), EINSUM: contracted(EINSUM)}
     candidates[BOUND] = from_scores(1.0)
     if case.dtype == torch.float32:  # a product of bfloat16 has no float32 result to write into
-        candidates[MATMUL] = contracted(matmul)
+        candidates[MATMUL] = contracted(MATMUL)
     width = case.dtype.itemsize
     moved = {name: fca.theory.bytes_per_element(grad=width, samples=read) * elements for name in (BASELINE, ALIGN)}
     moved[BOUND] = fca.theory.bytes_per_element(grad=width, samples=read, sample_norms=True) * elements
-    contraction = B * width + 4 + (0 if width == 4 else 2 * width)  # scores in, gradient out (and converted)
     for name in candidates.keys() - moved.keys():
-        moved[name] = (contraction + fca.theory.bytes_per_element()) * elements
+        moved[name] = contracted_bytes(B, width) * elements
     ceiling, unavailable = stream.add_ceiling(candidates, moved, moved[BASELINE] // 28)
     if ceiling is not None:
         reads = stream.Reads((read * width + 12) * elements)
