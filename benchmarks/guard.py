@@ -168,22 +168,21 @@ def results_in(folder: Path) -> dict[str, dict]:
     return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
 
 
-def committed_results(folder: Path, ref: str, root: Path = ROOT) -> dict[str, dict]:
+def committed_results(folder: Path, ref: str) -> dict[str, dict]:
     """The same as a commit has it; empty where it has no such folder.
 
     Args:
         folder: of the working tree; one that lies elsewhere is looked up by its name in benchmarks/results.
         ref: a commit, branch or tag.
-        root: of the repository.
 
     Raises:
         ValueError: `ref` is no commit of this repository.
     """
     inside = folder.resolve()
-    inside = inside.relative_to(root) if inside.is_relative_to(root) else Path("benchmarks/results") / folder.name
+    inside = inside.relative_to(ROOT) if inside.is_relative_to(ROOT) else Path("benchmarks/results") / folder.name
 
     def git(*command: str) -> subprocess.CompletedProcess:
-        return subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True)
+        return subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True)
 
     if git("rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}").returncode != 0:
         raise ValueError(f"{ref!r} is no commit of this repository")
@@ -192,10 +191,10 @@ def committed_results(folder: Path, ref: str, root: Path = ROOT) -> dict[str, di
     return {path.stem: json.loads(git("show", f"{ref}:{path.as_posix()}").stdout) for path in paths}
 
 
-def check(folder: Path, ref: str = "HEAD", root: Path = ROOT) -> Report | None:
+def check(folder: Path, ref: str = "HEAD") -> Report | None:
     """Prints the comparison of a folder with what `ref` has of it; None where that has no results of such a machine."""
     print(f"\nResults of {folder.name} beside those of {ref}, ratios only:")
-    old = committed_results(folder, ref, root)
+    old = committed_results(folder, ref)
     if not old:
         print(f"{ref} has no results of this kind of machine: nothing to compare with.")
         return None
