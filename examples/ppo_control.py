@@ -109,9 +109,9 @@ class Rollout:
 class Run:
     """One seed: environments, networks, optimizers."""
 
-    def __init__(self, name, seed, options):
+    def __init__(self, name, seed, options, task=None):
         torch.manual_seed(seed)
-        self.task, self.options = TASKS[name], options
+        self.task, self.options = task or TASKS[name], options
         self.envs = make_envs(name, self.task.envs)
         self.states = self.envs.reset(seed=1000 * seed)[0]
         inputs, actions = self.envs.single_observation_space.shape[0], int(self.envs.single_action_space.n)
@@ -173,11 +173,14 @@ class Run:
                 self.minibatches += 1
                 clipped.append((stats.clipped_low + stats.clipped_high) / stats.tokens)
 
-                loss = (self.critic(rollout.states[rows]).squeeze(-1) - rollout.targets[rows]).square().mean()
-                self.critic_optimizer.zero_grad()
-                loss.backward()
-                self.critic_optimizer.step()
+                self.step_critic(rollout.states[rows], rollout.targets[rows])
         return float(torch.stack(clipped).mean())
+
+    def step_critic(self, states, targets):
+        loss = (self.critic(states).squeeze(-1) - targets).square().mean()
+        self.critic_optimizer.zero_grad()
+        loss.backward()
+        self.critic_optimizer.step()
 
     def step_policy(self, states, actions, old_logp, advantages, _):
         objective = fca.PPO(self.options.clip, self.options.clip)

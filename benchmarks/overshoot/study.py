@@ -1,0 +1,219 @@
+"""The study: every method at its own best learning rate, then on held-out seeds. Resumable, with progress.
+
+`python -m benchmarks.overshoot` -> `runs.jsonl` (a line a run) -> `summary.json`, figures, a page.
+PREREGISTRATION.md, committed before the runs, says what is compared and how; this file does it.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.harness import RESULTS, ROOT
+from benchmarks.overshoot.loop import Record, run
+from benchmarks.overshoot.methods import METHODS
+from benchmarks.overshoot.tasks import TASKS
+
+FOLDER = RESULTS / "overshoot"
+PLAIN = "AdamW"
+STEP = 2.0  # between neighbours in the search for a learning rate
+SOURCES = [f"benchmarks/overshoot/{name}.py" for name in ("tasks", "loop", "methods")] + ["examples/ppo_control.py"]
+
+
+class Key(NamedTuple):
+    """Which run: its learning rate is the task's `Setting.lr` times 2 to the exponent."""
+
+    task: str
+    method: str
+    exponent: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run.
+
+    Args:
+        tasks, methods: names.
+        seeds: at most so many of each kind; None: as many as the task's `Setting` says.
+        reach: the search goes at most so many factors of 2 from the task's own learning rate.
+        hot: factors of 2 above AdamW's best learning rate, at which `hot_methods` are measured too.
+        shorten: as in `loop.run`.
+    """
+
+    tasks: tuple[str, ...] = ("language", "cartpole", "bandit")
+    methods: tuple[str, ...] = tuple(METHODS)
+    seeds: int | None = None
+    reach: int = 5
+    hot: tuple[int, ...] = (1, 2)
+    hot_methods: tuple[str, ...] = (PLAIN, "align", "random gate", "lr decay")
+    shorten: int = 1
+
+    def tuning_seeds(self, task: str) -> range:
+        return range(_at_most(TASKS[task].setting.tuning, self.seeds))
+
+    def held_out_seeds(self, task: str) -> range:
+        """None of them is a tuning seed."""
+        return range(100, 100 + _at_most(TASKS[task].setting.held_out, self.seeds))
+
+
+def _at_most(count: int, bound: int | None) -> int:
+    return count if bound is None else min(count, bound)
+
+
+QUICK = Plan(methods=(PLAIN, "lr decay", "random gate", "align"), seeds=2, reach=1, hot=(1,), shorten=4)
+
+
+@dataclass
+class Runs:
+    """The runs of a folder. A line of `runs.jsonl` is written at once when its run has ended, by whichever process."""
+
+    path: Path
+    records: dict[Key, Record] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path) -> Runs:
+        """What is there so far. A last line that a killed process left unfinished does not count.
+
+        Raises:
+            SystemExit: there are runs of another protocol.
+        """
+        runs = cls(folder / "runs.jsonl")
+        for text in runs.path.read_text().splitlines() if runs.path.exists() else ():
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError:
+                continue
+            if line.pop("protocol") != protocol():
+                raise SystemExit(f"{runs.path.name} has runs of another protocol: start anew with --fresh")
+            key = Key(*(line.pop(name) for name in Key._fields))
+            runs.records[key] = Record(**line)
+        return runs
+
+    def add(self, key: Key, record: Record) -> None:
+        self.records[key] = record
+        with self.path.open("a") as file:
+            file.write(_line(key, record))
+
+    def write_sorted(self) -> None:
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(_line(key, self.records[key]) for key in sorted(self.records)))
+        partial.replace(self.path)
+
+
+def _line(key: Key, record: Record) -> str:
+    rounded = {name: round(x, 6) if isinstance(x, float) else x for name, x in asdict(record).items()}
+    return json.dumps({**key._asdict(), **rounded, "protocol": protocol()}) + "\n"
+
+
+def protocol() -> str:
+    """A hash of what decides the outcome of a run, comments and formatting aside."""
+    trees = [ast.dump(ast.parse((ROOT / source).read_text())) for source in SOURCES]
+    return hashlib.sha256("".join(trees).encode()).hexdigest()[:12]
+
+
+def climb(value_at: Callable[[int], float], start: int, reach: int) -> int:
+    """The exponent whose value is above that of both its neighbours, found by going uphill from `start`.
+
+    Only the edge of the range [-reach, reach] can be returned without a neighbour beyond it.
+    """
+    best = start
+    while True:
+        near = [e for e in (best - 1, best, best + 1) if abs(e) <= reach]
+        top = max(near, key=lambda e: (value_at(e), e == best))
+        if top == best:
+            return best
+        best = top
+
+
+def best_exponent(task: str, method: str, plan: Plan, start: int, measure: Callable[[Key], Record]) -> int:
+    """Of the learning rate with the highest mean area under the learning curve over the tuning seeds."""
+
+    def mean_auc(exponent: int) -> float:
+        return statistics.fmean(measure(Key(task, method, exponent, seed)).auc for seed in plan.tuning_seeds(task))
+
+    return climb(mean_auc, start, plan.reach)
+
+
+def run_cell(task: str, method: str, plan: Plan, plain_exponent: int, folder: Path) -> tuple[str, str, int]:
+    """All runs of a method on a task that are not there yet. Returns its names and its best exponent.
+
+    Args:
+        plain_exponent: AdamW's best, where the search begins and where the method is measured as well.
+    """
+    runs = Runs.read(folder)
+
+    def measure(key: Key) -> Record:
+        if key not in runs.records:
+            lr = TASKS[task].setting.lr * STEP**key.exponent
+            runs.add(key, run(task, METHODS[method], lr, key.seed, plan.shorten))
+        return runs.records[key]
+
+    best = best_exponent(task, method, plan, plain_exponent, measure)
+    if method == PLAIN:
+        plain_exponent = best
+    exponents = {best, plain_exponent}
+    if method in plan.hot_methods:
+        exponents |= {plain_exponent + hot for hot in plan.hot}
+    for exponent in sorted(exponents):
+        for seed in plan.held_out_seeds(task):
+            measure(Key(task, method, exponent, seed))
+    return task, method, best
+
+
+def run_all(plan: Plan, folder: Path, jobs: int, show: Callable[[str], None]) -> Runs:
+    """AdamW on every task, then everything else, `jobs` processes at a time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    begun, at_first = time.monotonic(), len(Runs.read(folder).records)
+    cells = len(plan.tasks) * len(plan.methods)
+    plain: dict[str, int] = {}
+    done = 0
+    context = get_context("spawn")  # a forked process would inherit torch's threads in whatever state they are
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        pending = {pool.submit(run_cell, task, PLAIN, plan, 0, folder) for task in plan.tasks}
+        try:
+            while pending:
+                finished, pending = wait(pending, timeout=20, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    task, method, best = future.result()
+                    done += 1
+                    if method == PLAIN:
+                        plain[task] = best
+                        rest = [name for name in plan.methods if name != PLAIN]
+                        pending |= {pool.submit(run_cell, task, name, plan, best, folder) for name in rest}
+                    lr = TASKS[task].setting.lr * STEP**best
+                    show(f"{done} of {cells}: {task}, {method}, best lr {lr:.2g}; {_left(begun, done, cells, jobs)}")
+                if not finished:
+                    new = len(Runs.read(folder).records) - at_first
+                    show(f"{done} of {cells} ready, {new} runs taken; {_left(begun, done, cells, jobs)}")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    runs = Runs.read(folder)
+    runs.write_sorted()
+    return runs
+
+
+def _left(begun: float, done: int, cells: int, jobs: int) -> str:
+    if done < jobs:
+        return "time left not known yet"
+    seconds = (time.monotonic() - begun) / done * (cells - done)
+    return f"about {max(1, round(seconds / 60))} min left" if done < cells else "all ready"
+
+
+def default_jobs() -> int:
+    return max(1, os.cpu_count() or 1)
+
+
+def keys_of(runs: Iterable[Key], **fixed: object) -> list[Key]:
+    return [key for key in runs if all(getattr(key, name) == value for name, value in fixed.items())]

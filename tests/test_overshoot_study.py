@@ -1,0 +1,222 @@
+"""The overshoot study does what its pre-registration says: controls, search, statistics, resuming."""
+
+import json
+import math
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+import fused_clip_adam as fca
+from benchmarks.overshoot import __main__ as command
+from benchmarks.overshoot import methods, report, study
+from benchmarks.overshoot.loop import CLIP, excess, run
+from benchmarks.overshoot.methods import BLOCK, METHODS, Optimizer, gate_of_align
+from benchmarks.overshoot.study import FOLDER, PLAIN, Key, Plan, Runs, climb
+from benchmarks.overshoot.tasks import TASKS
+
+SETTING = TASKS["bandit"].setting
+
+
+def trained(options, gate, steps=6, seed=0):
+    """Weights after some steps on a small regression, and the share kept."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(30, 70), torch.nn.Tanh(), torch.nn.Linear(70, 5))
+    x, y = torch.randn(64, 30), torch.randn(64, 5)
+    optimizer = Optimizer(list(model.parameters()), 1e-2, options, gate, seed)
+    logp = torch.zeros(4)
+    stats = fca.clip_stats(logp, logp, torch.ones(4))
+    for i in range(steps):
+        optimizer.step((model(x[8 * i : 8 * i + 16]) - y[8 * i : 8 * i + 16]).square().mean(), stats)
+    return torch.cat([p.detach().flatten() for p in model.parameters()]), optimizer.kept
+
+
+def test_the_controls_gate_is_that_of_the_kernel():
+    """align's gate, taken by the controls' way of gating, is AlignedMomentum: so what they alter is the gate alone."""
+    by_kernel, _ = trained({"overshoot": fca.AlignedMomentum(BLOCK)}, None)
+    by_gate, kept = trained({}, lambda aligned, random: aligned)
+    plain, _ = trained({}, None)
+    assert 0.0 < kept < 1.0, "the gate never acts here"
+    # Adding back what a plain step took rounds twice more per step, each 2^-24 of a weight below 1.
+    torch.testing.assert_close(by_gate, by_kernel, rtol=0, atol=6 * 2 * 2.0**-24)
+    assert float((by_kernel - plain).abs().max()) > 1e-3
+
+
+def test_a_gate_that_keeps_everything_is_plain_adamw():
+    everything, _ = trained({}, lambda aligned, random: [torch.ones_like(k) for k in aligned])
+    plain, _ = trained({}, None)
+    torch.testing.assert_close(everything, plain, rtol=0, atol=0)
+
+
+def test_the_random_gate_keeps_as_much():
+    random = torch.Generator().manual_seed(1)
+    lengths = [BLOCK * 5 + 100, BLOCK * 3, 100, 100, 37]
+    aligned = [
+        torch.cat([torch.full((len(b),), float(torch.rand(()) < 0.5)) for b in torch.zeros(n).split(BLOCK)])
+        for n in lengths
+    ]
+    differ = 0
+    for _ in range(20):
+        dealt = methods._shuffled(aligned, random)
+        assert [len(k) for k in dealt] == lengths
+        for length in (BLOCK, 100, 37):
+            before, after = (
+                sum(float(b[0]) for k in gates for b in k.split(BLOCK) if len(b) == length)
+                for gates in (aligned, dealt)
+            )
+            assert before == after
+        assert all(bool((b == b[0]).all()) for k in dealt for b in k.split(BLOCK))
+        differ += any(not torch.equal(a, b) for a, b in zip(aligned, dealt))
+    assert differ > 10
+    (half,) = methods._averaged([torch.tensor([1.0, 0.0, 0.0, 1.0])], random)
+    assert half.tolist() == [0.5] * 4
+
+
+def test_gate_of_align():
+    m, g = torch.ones(2 * BLOCK + 1), torch.ones(2 * BLOCK + 1)
+    g[BLOCK : 2 * BLOCK] = -1.0
+    g[-1], m[-1] = -1.0, 0.0  # no momentum: kept
+    k = gate_of_align(m, g)
+    assert k[:BLOCK].eq(1).all() and k[BLOCK : 2 * BLOCK].eq(0).all() and k[-1] == 1
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_learns(name):
+    """On the bandit, in a tenth of its batches, better than chance, which is a reward of 0.1; and twice the same."""
+    first, second = (run("bandit", METHODS[name], SETTING.lr, 0, shorten=3) for _ in range(2))
+    assert replace(first, cpu_s=0) == replace(second, cpu_s=0)
+    assert first.held_out > 0.2 and not first.failed and math.isfinite(first.overshoot), first
+    assert (first.kept is not None) == (METHODS[name].gate is not None)
+    if name not in (PLAIN, "KL stop"):
+        assert first.auc != run("bandit", METHODS[PLAIN], SETTING.lr, 0, shorten=3).auc, f"{name} changes nothing"
+
+
+def test_kl_stop_stops():
+    full, stopped = (run("bandit", METHODS[name], 4 * SETTING.lr, 0, shorten=6) for name in (PLAIN, "KL stop"))
+    assert stopped.steps < full.steps and stopped.kl < full.kl
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_runs_and_repeats(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.overshoot.tasks.WARM_STARTS", tmp_path)
+    if name in ("cartpole", "acrobot"):
+        pytest.importorskip("gymnasium")
+    method = METHODS["align"]
+    first = run(name, method, TASKS[name].setting.lr, 3, shorten=12)
+    again = run(name, method, TASKS[name].setting.lr, 3, shorten=12)  # language: now from the file of the warm start
+    assert replace(first, cpu_s=0) == replace(again, cpu_s=0)
+    other = run(name, method, TASKS[name].setting.lr, 4, shorten=12)
+    assert other.overshoot != first.overshoot
+    assert 0.0 <= first.auc <= 1.0 and 0.0 <= first.held_out <= 1.2
+
+
+def test_language_rewards_the_right_answer():
+    task = TASKS["language"].__new__(TASKS["language"])
+    task.random = torch.Generator().manual_seed(0)
+    prompts, answers = task._prompts(3)
+    assert prompts.shape == (3, 7) and (prompts[:, -1] == task.EQUALS).all()
+    assert torch.equal(answers[:, :6].flip(1), prompts[:, :6]) and (answers[:, 6] == task.END).all()
+
+
+def test_a_run_that_fails_is_counted_not_raised(monkeypatch):
+    monkeypatch.setattr(Optimizer, "set_lr", lambda self, lr: None)
+    failed = run("bandit", METHODS[PLAIN], 1e38, 0, shorten=6)
+    assert failed.failed and failed.held_out == 0.0 and failed.curve[-1] == 0.0
+
+
+def test_excess_looks_where_the_advantage_looks():
+    D = torch.tensor([0.5, -0.5, 0.5, -0.5, 0.1, 9.0])
+    A = torch.tensor([1.0, 1.0, -1.0, -1.0, 1.0, 0.0])
+    expected = [0.5 - math.log1p(CLIP), 0.0, 0.0, math.log1p(-CLIP) + 0.5, 0.0, 0.0]
+    torch.testing.assert_close(excess(D, A), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("top", [-5, -2, 0, 3, 5])
+def test_climb_finds_the_top_and_brackets_it(top):
+    asked = []
+
+    def value(e):
+        asked.append(e)
+        return -abs(e - top)
+
+    assert climb(value, 0, 5) == top
+    assert {e for e in (top - 1, top + 1) if abs(e) <= 5} <= set(asked) and all(abs(e) <= 5 for e in asked)
+    assert climb(lambda e: 0.0, 2, 5) == 2, "a plateau is not left"
+
+
+def test_statistics_against_known_numbers():
+    # t tables: P(T > 2.262) = 0.025 at 9 degrees of freedom, P(T > 1.895) = 0.05 at 7, P(T > 1) = 0.25 at 1.
+    assert report.t_tail(2.262157, 9) == pytest.approx(0.025, abs=1e-7)
+    assert report.t_tail(1.894579, 7) == pytest.approx(0.05, abs=1e-7)
+    assert report.t_tail(1.0, 1) == pytest.approx(0.25)
+    assert report.t_quantile(0.975, 9) == pytest.approx(2.262157, abs=1e-5)
+    # Student's sleep data (1908): 10 pairs, mean 1.58, t = 4.0621, p = 0.002833.
+    drug1 = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
+    drug2 = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
+    paired = report.Paired.of(drug2, drug1)
+    assert (paired.mean, paired.n) == (pytest.approx(1.58), 10) and paired.p == pytest.approx(0.002833, abs=1e-6)
+    assert paired.mean / paired.se == pytest.approx(4.0621, abs=1e-4)
+    assert (paired.low, paired.high) == (pytest.approx(0.7001, abs=1e-4), pytest.approx(2.4599, abs=1e-4))
+    assert report.Paired.of([1.0, 1.0], [1.0, 1.0]).p == 1.0 and report.Paired.of([2.0, 2.0], [1.0, 1.0]).p == 0.0
+    assert report.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert report.holm([0.6, 0.7]) == [1.0, 1.0]
+
+
+SMALL = Plan(tasks=("bandit",), methods=(PLAIN, "align", "random gate"), seeds=2, reach=1, hot=(), shorten=15)
+
+
+def test_a_study_resumes_where_it_was_killed(tmp_path):
+    """Its runs, and so its summary, are the same; nothing is run twice; a torn last line is run again."""
+    whole = study.run_all(SMALL, tmp_path / "whole", 1, lambda text: None)
+    lines = (tmp_path / "whole" / "runs.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "resumed").mkdir()
+    (tmp_path / "resumed" / "runs.jsonl").write_text("".join(lines[:5]) + lines[5][:40] + "\n")
+    resumed = study.run_all(SMALL, tmp_path / "resumed", 2, lambda text: None)
+    assert whole.records.keys() == resumed.records.keys()
+    for key, record in whole.records.items():
+        assert replace(record, cpu_s=0) == replace(resumed.records[key], cpu_s=0), key
+    kept = [json.loads(line)["cpu_s"] for line in lines[:5]]
+    assert [record.cpu_s for key, record in sorted(resumed.records.items())][:5] == kept, "the first five ran again"
+    tables = [report.summarize(runs, SMALL)["tasks"] for runs in (whole, resumed)]
+    assert tables[0] == tables[1]
+    rows = {row["method"]: row for row in tables[0]["bandit"]["methods"]}
+    assert rows[PLAIN].keys().isdisjoint({"own_lr", "verdict"}) and rows["random gate"]["means"]["kept"] > 0
+    assert {c["control"] for c in tables[0]["bandit"]["controls"]} == {"random gate"}
+
+
+def test_runs_of_another_protocol_are_refused(tmp_path):
+    Runs(tmp_path / "runs.jsonl").add(Key("bandit", PLAIN, 0, 0), run("bandit", METHODS[PLAIN], 1e-3, 0, shorten=15))
+    text = (tmp_path / "runs.jsonl").read_text()
+    (tmp_path / "runs.jsonl").write_text(text.replace(study.protocol(), "another"))
+    with pytest.raises(SystemExit, match=r"another protocol.*--fresh"):
+        Runs.read(tmp_path)
+
+
+def test_command_keeps_parts_out_of_the_results():
+    assert command.parse([])[0].output == FOLDER
+    for part in (["--quick"], ["--tasks", "bandit"], ["--methods", "align"]):
+        assert FOLDER not in (command.parse(part)[0].output, *command.parse(part)[0].output.parents)
+    with pytest.raises(SystemExit):
+        command.parse(["--jobs", "0"])
+
+
+REGISTERED = (FOLDER.parent.parent / "overshoot" / "PREREGISTRATION.md").read_text()
+
+
+def test_what_is_run_is_what_was_registered():
+    plan = Plan()
+    named = set(re.findall(r"`([^`]+)`", REGISTERED.split("## Methods")[1].split("## Procedure")[0]))
+    assert {name for name in METHODS if name not in named} == set()
+    rows = re.findall(
+        r"^\| `(\w+)` \|.*\| (\d+) epochs x (\d+) \| (\d+) \| (\d+) / (\d+) \|$", REGISTERED, re.MULTILINE
+    )
+    assert {row[0] for row in rows} == set(plan.tasks)
+    for name, *numbers in rows:
+        setting = TASKS[name].setting
+        registered = (setting.epochs, setting.minibatches, setting.rollouts, setting.tuning, setting.held_out)
+        assert registered == tuple(map(int, numbers)), name
+    for task in plan.tasks:
+        assert not set(plan.tuning_seeds(task)) & set(plan.held_out_seeds(task))
+        assert len(plan.held_out_seeds(task)) >= 5
+    assert (plan.reach, plan.hot) == (5, (1, 2))
