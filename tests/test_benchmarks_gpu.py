@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_harness, gpu_offload, gpu_peers, gpu_session, harness, plot
+from benchmarks import gpu, gpu_harness, gpu_offload, gpu_peers, gpu_session, harness, plot, report
 from benchmarks.gpu_harness import COPY, FRACTION
 from benchmarks.peers import Work, torch_for_loop, torch_foreach
 
@@ -423,20 +423,20 @@ def results_folder(tmp_path: Path, *results: dict) -> Path:
 
 
 def readme_with(gpus) -> str:
-    text = f"before\n{plot.README_START} -->\nold\n{plot.README_END}\nafter\n"
-    return plot.readme_with(text, plot.newest_results()[1], "cpu.svg", gpus)
+    text = f"before\n{report.START} -->\nold\n{report.END}\nafter\n"
+    return report.readme_with(text, *plot.newest_results(), gpus)
 
 
 def test_readme_without_a_gpu_result_says_so(tmp_path):
     text = readme_with(plot.gpu_results(tmp_path))
-    assert text.count(plot.NO_GPU) == 1 and "###" not in text
-    assert text.endswith(f"\n\n{plot.NO_GPU}\n{plot.README_END}\nafter\n") and text.startswith("before\n")
+    assert text.count(report.NO_GPU) == 1 and text.count("###") == 1, "a heading beside the CPU's"
+    assert text.endswith(f"\n\n{report.NO_GPU}\n{report.END}\nafter\n") and text.startswith("before\n")
     assert "torch 2.13.0+cpu" in text and "old" not in text
 
 
 def test_readme_says_not_yet_measured_exactly_while_there_is_no_gpu_folder():
     text = (ROOT / "README.md").read_text()
-    assert text.count(plot.NO_GPU) == (0 if plot.gpu_results() else 1)
+    assert text.count(report.NO_GPU) == (0 if plot.gpu_results() else 1)
 
 
 def test_readme_with_a_gpu_result_shows_it_and_names_what_was_missed(tmp_path):
@@ -445,7 +445,7 @@ def test_readme_with_a_gpu_result_shows_it_and_names_what_was_missed(tmp_path):
     (found,) = folders.values()
     assert [result["name"] for result in found] == ["step-one-tensor-clip", "step-one-tensor", "step-rules-cuda"]
     text = readme_with(folders)
-    assert plot.NO_GPU not in text and text.count("### NVIDIA Made-Up 80GB") == 1
+    assert report.NO_GPU not in text and text.count("### NVIDIA Made-Up 80GB") == 1
     assert (
         "commit 0123456789ab, sources fedcba987654" in text
         and "Driver 580.1, CUDA 13.0, torch 2.11.0+cu130, Triton 3.6.0" in text
@@ -499,7 +499,7 @@ def test_readme_and_figure_keep_steps_on_the_host_apart(tmp_path):
     assert gpu_offload.SERIAL not in of_device and "3,000 GB/s, reads plus writes" in text
     assert "MISSED: gradients down, step, parameters up, float32, offload" in text and ": 1.12x, wanted 1.30x." in text
     pytest.importorskip("matplotlib")
-    figure = plot.draw(plot._without_rules(next(iter(folders.values()))), tmp_path / "figure.svg").read_text()
+    figure = plot.draw(plot.compared(next(iter(folders.values()))), tmp_path / "figure.svg").read_text()
     assert "offload" not in figure
     (tmp_path / "alone").mkdir()
     alone = plot.gpu_results(results_folder(tmp_path / "alone", made_up_offload("offload")))
@@ -512,7 +512,7 @@ def test_a_target_whose_peer_was_not_measured_is_not_met():
     result["targets"] = [
         t.to_dict() for t in gpu._targets(gpu.CASES[result["name"]], "ours, cuda", result["candidates"])
     ]
-    assert plot._targets_sentence([result]).startswith("Targets: 1 of 2 met. Not measured: torch fused,")
+    assert report._targets_sentence([result]).startswith("Targets: 1 of 2 met. Not measured: torch fused,")
     assert "torch fused                 >= 1.20x not measured" in gpu.table(result)
 
 
@@ -521,14 +521,14 @@ def test_figures_are_drawn_for_every_device(tmp_path, monkeypatch):
     results_folder(tmp_path, made_up("step-one-tensor-clip"), made_up("step-rules-cuda"))
     cpu, own = plot.newest_results()
     shutil.copytree(cpu, tmp_path / cpu.name)
-    (tmp_path / "README.md").write_text(f"{plot.README_START} -->\n{plot.README_END}\n")
+    (tmp_path / "README.md").write_text(f"{report.START} -->\n{report.END}\n")
     monkeypatch.setattr(plot, "ROOT", tmp_path)
     monkeypatch.setattr(plot, "RESULTS", tmp_path)
     plot.main([])
     text = (tmp_path / "README.md").read_text()
     assert "(gpu-nvidia-made-up-80gb/overview.svg)" in text and f"({cpu.name}/overview.svg)" in text
     assert "NVIDIA Made-Up 80GB" in (tmp_path / "gpu-nvidia-made-up-80gb" / "overview.svg").read_text()
-    assert plot.readme_with(text, own, f"{cpu.name}/overview.svg") == text, "written twice it stays the same"
+    assert report.readme_with(text, tmp_path / cpu.name, own) == text, "written twice it stays the same"
 
 
 # ---------------------------------------------------------------- what a run shows and writes

@@ -248,11 +248,15 @@ def test_links_lead_somewhere(document):
 
 
 def test_readme_results_are_those_of_the_result_files():
-    from benchmarks import plot
+    from benchmarks import plot, report
 
-    folder, results = plot.newest_results()
-    figure = (folder / "overview.svg").relative_to(ROOT).as_posix()
-    assert plot.readme_with(README, results, figure) == README, "run python -m benchmarks.plot"
+    assert report.readme_with(README, *plot.newest_results()) == README, "run python -m benchmarks.plot"
+
+
+def test_results_page_is_that_of_the_result_files():
+    from benchmarks import plot, report
+
+    assert (ROOT / report.PAGE).read_text() == report.page_with(*plot.newest_results()), "run python -m benchmarks.plot"
 
 
 def test_no_name_is_undocumented():
