@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: help venv test trainers docs checks demo bench bench-full gpu gpu-checks lint format asan wheel clean
+.PHONY: help venv test trainers docs checks demo bench bench-full gpu gpu-checks lint format asan wheels clean
 
 help:           ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/ :/'
@@ -124,8 +124,19 @@ SANITIZED = OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_st
 	LD_PRELOAD="$$($(or $(CXX),g++) -print-file-name=libasan.so) $$($(or $(CXX),g++) -print-file-name=libubsan.so)" \
 	$(BIN)/python
 
-wheel: venv     ## one cp310-abi3 wheel in dist/
-	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+# Built from the source release, each in a folder of its own: nothing of this tree that is not in it can slip in.
+# Without nvcc: make wheels BUILDS=cpu. For one GPU: TORCH_CUDA_ARCH_LIST=9.0 make wheels. PYTHONS: to try them on too.
+BUILDS ?= cpu cuda
+wheels: $(if $(filter cuda,$(BUILDS)),.venv/gpu-checks,venv)  ## sdist and cp310-abi3 wheels in dist/, for CPUs and (needs no GPU) CUDA; checks them
+	rm -rf dist build/wheels
+	FUSED_CLIP_ADAM_BUILD=none $(BIN)/python setup.py --quiet sdist --dist-dir dist
+	for build in $(BUILDS); do \
+		mkdir -p build/wheels/$$build && tar -xzf dist/*.tar.gz -C build/wheels/$$build --strip-components 1 && \
+		FUSED_CLIP_ADAM_BUILD=$$build PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m pip wheel --quiet \
+			--no-build-isolation --no-deps --no-index --wheel-dir dist build/wheels/$$build || exit 1; \
+	done
+	FUSED_CLIP_ADAM_WHEELS=dist FUSED_CLIP_ADAM_WHEEL_BUILDS="$(BUILDS)" FUSED_CLIP_ADAM_WHEEL_PYTHONS="$(PYTHONS)" \
+		FUSED_CLIP_ADAM_CUDA_LIBRARY=none $(BIN)/python -m pytest tests/test_wheels.py
 
 clean:          ## remove everything `make` created
 	rm -rf .venv .venv-trainers .venv-verl build build.log dist demo_out *.egg-info fused_clip_adam/*.so

@@ -40,7 +40,8 @@ def _load() -> str:
     if other:
         path = pathlib.Path(other)
     elif torch.version.cuda is None:
-        return f"torch {torch.__version__} is not a CUDA build; install one that is, then: {_HOW}"
+        then = "" if path.exists() else f", then: {_HOW}"
+        return f"torch {torch.__version__} is not a CUDA build; install one that is{then}"
     missing = f"the package was installed without nvcc. With the CUDA toolkit on PATH: {_HOW}"
     if path.exists() and native.unavailable():  # its tables are made there
         return native.unavailable()
