@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: help venv test trainers docs checks demo bench bench-full gpu gpu-checks lint format asan wheels clean
+.PHONY: help venv test trainers docs checks demo bench bench-full study study-quick gpu gpu-checks lint format asan wheels clean
 
 help:           ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/ :/'
@@ -71,6 +71,12 @@ bench: venv     ## CPU benchmarks against torch, ratios in alternation
 bench-full: venv  ## the same with DeepSpeedCPUAdam, which it builds first, optimi, torchao, flashoptim and bitsandbytes
 	FUSED_CLIP_ADAM_BUILD=none $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[bench]'
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m benchmarks.run $(ARGS)
+
+study: venv     ## the overshoot study, from where it was left: page, figures and README's advice; an hour on two cores
+	$(BIN)/python -m benchmarks.overshoot $(ARGS)
+
+study-quick: venv  ## a trial of the study: four methods, short runs, nothing kept; under five minutes
+	$(BIN)/python -m benchmarks.overshoot --quick --fresh
 
 # No .venv here: the machine's own Python has the torch that fits its GPU, and there may be no network.
 GPU_PYTHON ?= python3

@@ -10,7 +10,7 @@ import torch
 
 import fused_clip_adam as fca
 from benchmarks.overshoot import __main__ as command
-from benchmarks.overshoot import methods, report, study
+from benchmarks.overshoot import figures, methods, report, study, summary
 from benchmarks.overshoot.loop import CLIP, excess, run
 from benchmarks.overshoot.methods import BLOCK, METHODS, Optimizer, gate_of_align
 from benchmarks.overshoot.study import FOLDER, PLAIN, Key, Plan, Runs, climb
@@ -147,20 +147,95 @@ def test_climb_finds_the_top_and_brackets_it(top):
 
 def test_statistics_against_known_numbers():
     # t tables: P(T > 2.262) = 0.025 at 9 degrees of freedom, P(T > 1.895) = 0.05 at 7, P(T > 1) = 0.25 at 1.
-    assert report.t_tail(2.262157, 9) == pytest.approx(0.025, abs=1e-7)
-    assert report.t_tail(1.894579, 7) == pytest.approx(0.05, abs=1e-7)
-    assert report.t_tail(1.0, 1) == pytest.approx(0.25)
-    assert report.t_quantile(0.975, 9) == pytest.approx(2.262157, abs=1e-5)
+    assert summary.t_tail(2.262157, 9) == pytest.approx(0.025, abs=1e-7)
+    assert summary.t_tail(1.894579, 7) == pytest.approx(0.05, abs=1e-7)
+    assert summary.t_tail(1.0, 1) == pytest.approx(0.25)
+    assert summary.t_quantile(0.975, 9) == pytest.approx(2.262157, abs=1e-5)
     # Student's sleep data (1908): 10 pairs, mean 1.58, t = 4.0621, p = 0.002833.
     drug1 = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
     drug2 = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
-    paired = report.Paired.of(drug2, drug1)
+    paired = summary.Paired.of(drug2, drug1)
     assert (paired.mean, paired.n) == (pytest.approx(1.58), 10) and paired.p == pytest.approx(0.002833, abs=1e-6)
     assert paired.mean / paired.se == pytest.approx(4.0621, abs=1e-4)
     assert (paired.low, paired.high) == (pytest.approx(0.7001, abs=1e-4), pytest.approx(2.4599, abs=1e-4))
-    assert report.Paired.of([1.0, 1.0], [1.0, 1.0]).p == 1.0 and report.Paired.of([2.0, 2.0], [1.0, 1.0]).p == 0.0
-    assert report.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert report.holm([0.6, 0.7]) == [1.0, 1.0]
+    assert summary.Paired.of([1.0, 1.0], [1.0, 1.0]).p == 1.0 and summary.Paired.of([2.0, 2.0], [1.0, 1.0]).p == 0.0
+    assert summary.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert summary.holm([0.6, 0.7]) == [1.0, 1.0]
+
+
+def spread(mean, half=0.01):
+    return {"mean": mean, "se": half / 2, "low": mean - half, "high": mean + half, "p": 0.5, "n": 8}
+
+
+def found(verdicts, against_controls=(0.0, 0.0)):
+    """A task's summary in which methods got these verdicts, and align these differences from both controls."""
+    everything = {name: spread(0.0) for name in summary.COMPARED}
+    rows = [
+        {
+            "method": name,
+            "group": METHODS[name].group,
+            "lr": 1e-3,
+            "bracketed": True,
+            "means": dict.fromkeys(summary.COMPARED, 0.5) | {"kept": None, "curve": []},
+            "failed": 0,
+        }
+        | ({} if name == PLAIN else {"own_lr": everything, "adamw_lr": everything, "p_holm": 0.5, "verdict": verdict})
+        | ({} if name == "lr decay" else {"auc_minus_lr_decay": spread(0.0123)})
+        for name, verdict in {PLAIN: None, **verdicts}.items()
+    ]
+    auc, overshoot = (everything | {name: spread(x)} for name, x in zip(("auc", "overshoot"), against_controls))
+    controls = [
+        {"method": "align", "control": name, "own_lr": auc, "adamw_lr": overshoot}
+        for name in ("random gate", "scaled momentum")
+    ]
+    hot = [{"method": "align", "times_best_lr": 2.0, "same_lr": everything, "means": rows[0]["means"]}]
+    return {"batches": 9, "tuning_seeds": 3, "seeds": 8, "methods": rows, "controls": controls, "hot": hot}
+
+
+def summary_of(**tasks):
+    machine = {"cpu": "a CPU", "torch": "2", "date": "today", "commit": "none"}
+    return {"machine": machine, "runs": 1, "cpu_hours": 1.0, "level": 0.05, "tasks": tasks}
+
+
+def test_advice_follows_the_registered_rules():
+    none = dict.fromkeys(("lr decay", "align", "cautious", "Grams"), "not shown")
+    nothing = report.advice(summary_of(a=found(none), b=found(none)))
+    assert "No correction was better" in nothing and "0 of 2 tasks" in nothing and "large language model" in nothing
+    twice = none | {"align": "better"}
+    both = summary_of(a=found(twice, (0.1, -0.1)), b=found(twice | {"Grams": "better"}, (0.1, 0.1)), c=found(none))
+    assert report.recommended(both) == ["align"]
+    text = report.advice(both)
+    assert "worse on none: `align`" in text and "`Grams` on b" in text
+    assert "learned faster on 2 of 3 tasks (a, b) and overshot less on 1 of 3 tasks (a)" in text
+    assert "`align` +0.0123" in report.page(both), "recommended, but not compared with lr decay"
+    once_worse = summary_of(a=found(twice), b=found(twice), c=found(none | {"align": "worse", "lr decay": "better"}))
+    assert report.recommended(once_worse) == []
+    assert "Worse: `align` on c" in report.advice(once_worse) and "`lr decay` on c" in report.advice(once_worse)
+
+
+def test_specific_needs_both_controls():
+    task = found({"align": "better"}, (0.1, -0.1))
+    assert report.specific(task) == (True, True)
+    task["controls"][1] = task["controls"][1] | {"own_lr": {"auc": spread(0.0)}}
+    assert report.specific(task) == (False, True)
+    assert report.specific(task | {"controls": []}) is None
+
+
+def test_page_and_figures_show_every_method(tmp_path):
+    pytest.importorskip("matplotlib")
+    names = {name: "not shown" for name in METHODS if name != PLAIN}
+    made = summary_of(language=found(names), bandit=found(names | {"Grams": "worse"}))
+    page = report.page(made)
+    for name in names:
+        assert page.count(f"| {name} | 0.001 |") == 2, name
+        assert name in report.terminal_table(made)
+    for draw in (figures.draw_differences, figures.draw_hot):
+        path = draw(made, tmp_path / f"{draw.__name__}.svg")
+        assert path.read_bytes() == draw(made, tmp_path / "again.svg").read_bytes(), "not the same file twice"
+    drawn = (tmp_path / "draw_differences.svg").read_text()
+    assert all(f"<!-- {name} -->" in drawn for name in [*names, "worse"])
+    text = f"before\n{report.README_START} -->\nold\n{report.README_END}\nafter"
+    assert "old" not in report.readme_with(text, made) and report.readme_with(text, made).endswith("after")
 
 
 SMALL = Plan(tasks=("bandit",), methods=(PLAIN, "align", "random gate"), seeds=2, reach=1, hot=(), shorten=15)
@@ -178,7 +253,7 @@ def test_a_study_resumes_where_it_was_killed(tmp_path):
         assert replace(record, cpu_s=0) == replace(resumed.records[key], cpu_s=0), key
     kept = [json.loads(line)["cpu_s"] for line in lines[:5]]
     assert [record.cpu_s for key, record in sorted(resumed.records.items())][:5] == kept, "the first five ran again"
-    tables = [report.summarize(runs, SMALL)["tasks"] for runs in (whole, resumed)]
+    tables = [summary.summarize(runs, SMALL)["tasks"] for runs in (whole, resumed)]
     assert tables[0] == tables[1]
     rows = {row["method"]: row for row in tables[0]["bandit"]["methods"]}
     assert rows[PLAIN].keys().isdisjoint({"own_lr", "verdict"}) and rows["random gate"]["means"]["kept"] > 0
@@ -220,3 +295,24 @@ def test_what_is_run_is_what_was_registered():
         assert not set(plan.tuning_seeds(task)) & set(plan.held_out_seeds(task))
         assert len(plan.held_out_seeds(task)) >= 5
     assert (plan.reach, plan.hot) == (5, (1, 2))
+
+
+def test_published_results_follow_from_the_runs():
+    runs, plan = Runs.read(FOLDER), Plan()
+    published = json.loads((FOLDER / "summary.json").read_text())
+    made = json.loads(json.dumps(summary.summarize(runs, plan)))
+    assert made["tasks"].keys() == published["tasks"].keys()
+    assert close(made["tasks"], published["tasks"]), "run python -m benchmarks.overshoot.report"
+    assert published["runs"] == len(runs.records)
+    assert report.PAGE.read_text() == report.page(published)
+    readme = (report.ROOT / "README.md").read_text()
+    assert report.readme_with(readme, published) == readme
+
+
+def close(a, b):
+    """Equal but for rounding in the last digits, which another platform's libm may do otherwise."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(close(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(close, a, b))
+    return a == pytest.approx(b, rel=1e-9, abs=1e-12) if isinstance(a, float) else a == b
