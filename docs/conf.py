@@ -24,7 +24,6 @@ extensions = [
 nitpicky = True
 nitpick_ignore_regex = [("py:class", r"(torch|trl|transformers|verl|stable_baselines3|torchrl|rsl_rl|lightning)\..*")]
 exclude_patterns = ["figures"]
-suppress_warnings = ["toc.empty_glob"]  # a pattern such as overshoot_study* waits for its page
 
 myst_enable_extensions = ["dollarmath", "amsmath", "deflist"]
 myst_heading_anchors = 3

@@ -32,7 +32,12 @@ PAGES = {
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 }
 # Trainers that need GPUs and environments which nobody here has; everything else runs somewhere.
-NOT_RUN = {"docs/howto/nemo_rl.md": 2, "docs/howto/slime.md": 2, "docs/howto/prime_rl.md": 2, "docs/howto/openrlhf.md": 1}
+NOT_RUN = {
+    "docs/howto/nemo_rl.md": 2,
+    "docs/howto/slime.md": 2,
+    "docs/howto/prime_rl.md": 2,
+    "docs/howto/openrlhf.md": 1,
+}
 DIRECTIVES = ("eval-rst", "figure", "include", "literalinclude", "toctree")  # Sphinx runs them: tests/test_docs_site.py
 COMMENT = re.compile(r"^<!-- (?P<kind>needs|setup|not run): *(?P<text>.*?) *-->", re.MULTILINE | re.DOTALL)
 FENCE = re.compile(r"^(?P<fence>`{3,})(?P<language>[^\n`]*)\n(?P<code>.*?)^(?P=fence)$", re.MULTILINE | re.DOTALL)

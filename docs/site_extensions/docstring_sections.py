@@ -1,14 +1,15 @@
 """Docstrings as they are written here, made into reStructuredText.
 
 Sections ("Args:", "Raises:", "State:", ...) become lists, one entry a line that begins at the section's indentation. An
-entry may hold several arguments, "every: in steps. theta: of the clip."; each gets a line of its own. What
-reStructuredText would read as markup in an equation (*, |, a_) is text. A name in single backticks leads to its entry in
-the reference, where it has one.
+entry may hold several arguments, "every: in steps. theta: of the clip."; each gets a line of its own. What would be
+markup in an equation (*, |, a_) is text. A name in single backticks leads to its entry in the reference, if it has one.
 """
 
+import ast
 import inspect
 import itertools
 import re
+import textwrap
 
 from docutils import nodes
 from sphinx import addnodes
@@ -60,6 +61,14 @@ def is_code(lines: list[str]) -> bool:
     return bool(text) and lines[0].startswith("    ") and not text.startswith(("- ", "* ")) and " -> " not in text
 
 
+def language_of(block: list[str]) -> str:
+    try:
+        ast.parse(textwrap.dedent("\n".join(block)))
+    except SyntaxError:
+        return "text"
+    return "python"
+
+
 def rewritten(lines: list[str], parameters: set[str]) -> list[str]:
     out: list[str] = []
     at = 0
@@ -88,7 +97,7 @@ def rewritten(lines: list[str], parameters: set[str]) -> list[str]:
             end = at + 1
             while end < len(lines) and (lines[end].startswith("    ") or not lines[end].strip()):
                 end += 1
-            out += ["", ".. code-block:: python", "", *lines[at + 1 : end], ""]
+            out += ["", f".. code-block:: {language_of(lines[at + 1 : end])}", "", *lines[at + 1 : end], ""]
             at = end
             continue
         if lead := LEAD.match(line):

@@ -3,7 +3,7 @@
 Pages are written for a reader of the repository: `[step.cpp](../csrc/cpu/step.cpp)`. Here such a link leads to
 files/csrc/cpu/step.cpp.html, the file with its lines coloured and, where it is Python, an anchor at every definition;
 a link to a folder leads to a list of its files. A page named in `repository_pages` has the text of another file, whose
-links are taken from where that file is.
+links are taken from where that file is. `name?` in a toctree is left out as long as there is no such page.
 """
 
 import os
@@ -18,6 +18,7 @@ from sphinx.application import Sphinx
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LINK = re.compile(r"(?P<image>!?)(?P<text>\[(?:[^\[\]]|\[[^\]]*\])*\])\((?P<path>[^)#\s:]+)(?P<anchor>#[^)\s]*)?\)")
+OPTIONAL = re.compile(r"^([\w/-]+)\?\n", re.MULTILINE)
 FENCE = re.compile(r"^(```|~~~)", re.MULTILINE)
 
 
@@ -53,6 +54,7 @@ def on_source_read(app: Sphinx, docname: str, source: list[str]) -> None:
         file = ROOT / app.config.repository_pages[docname]
         app.env.note_dependency(str(file))
         source[0], base = file.read_text(), file.parent
+    source[0] = OPTIONAL.sub(lambda match: match[1] + "\n" if (base / f"{match[1]}.md").exists() else "", source[0])
     source[0] = relinked(source[0], base, page, app.config.repository_links)
 
 
@@ -106,7 +108,9 @@ def coloured(app: Sphinx, file: Path) -> str:
     for number, line in enumerate(text.split("\n")):
         definition = re.match(r"\s*(?:async )?(?:def|class) (\w+)", line) if file.suffix == ".py" else None
         if definition and number < len(lines):
-            lines[number] = re.sub("^(.*<pre><span></span>)?", rf'\g<0><span id="{definition[1]}"></span>', lines[number])
+            lines[number] = re.sub(
+                "^(.*<pre><span></span>)?", rf'\g<0><span id="{definition[1]}"></span>', lines[number]
+            )
     return "\n".join(lines)
 
 
