@@ -33,15 +33,24 @@ def quick(request) -> bool:
 
 def case_of(item: pytest.Item) -> str:
     """What a row is measured with: a case of a module with `CASES`, or else the whole module."""
-    module = item.module.__name__.rpartition(".")[2]
-    name = getattr(item, "callspec", None) and item.callspec.params.get("name")
-    return f"{module}, {name}" if name else module
+    module, name = item.module.__name__.rpartition(".")[2], _name_of(item)
+    return module if name is None else f"{module}, {name}"
+
+
+def _name_of(item: pytest.Item) -> str | None:
+    return item.callspec.params.get("name") if hasattr(item, "callspec") else None
+
+
+def runs_here(item: pytest.Item) -> bool:
+    """False of a case that is skipped, because what it needs is not installed."""
+    case = getattr(item.module, "CASES", {}).get(_name_of(item))
+    return getattr(case, "unavailable", None) is None
 
 
 def pytest_collection_finish(session):
     """Knows the cases of this run and, by their modules' `SECONDS_A_CASE`, about how long each takes."""
-    quick = session.config.getoption("--quick")
-    estimates = {case_of(item): QUICK_S if quick else getattr(item.module, "SECONDS_A_CASE", 20.0) for item in session.items}
+    quick, here = session.config.getoption("--quick"), filter(runs_here, session.items)
+    estimates = {case_of(item): QUICK_S if quick else float(item.module.SECONDS_A_CASE) for item in here}
     capture = session.config.pluginmanager.getplugin("capturemanager")
 
     def past_the_capture(text: str) -> None:
@@ -52,7 +61,8 @@ def pytest_collection_finish(session):
 
 
 def pytest_runtest_setup(item):
-    item.config.stash[PROGRESS].begin(case_of(item))
+    if runs_here(item):
+        item.config.stash[PROGRESS].begin(case_of(item))
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ from benchmarks.peers import GPU_ONLY, LIGER
 from benchmarks.test_objective import CLIP_HIGH, CLIP_LOW, EAGER, STREAM, ppo_in_torch
 
 pytestmark = pytest.mark.benchmark(timer=REPLAY)
-SECONDS_A_CASE = 35
+SECONDS_A_CASE = 30
 
 OUT_OF_PLACE = "ours, new gradient"
 CANDIDATES = [BASELINE, OUT_OF_PLACE, EAGER, STREAM]
@@ -135,7 +135,7 @@ def measure(quick: bool, progress: Callable[[str], None]) -> tuple[dict, dict[st
         candidates,
         5 if quick else 10,
         before=restore,
-        budget_s=2 if quick else 20,
+        budget_s=2 if quick else 15,
         progress=lambda text: progress(f"logits: {text}"),
     )
     summary = summarize(measured, moved, STREAM if ceiling is not None else None)

@@ -23,7 +23,7 @@ from benchmarks.harness import (
 from fused_clip_adam.planner import Plan, plan
 
 pytestmark = pytest.mark.benchmark(timer=REPLAY)
-SECONDS_A_CASE = 17
+SECONDS_A_CASE = 16
 
 STREAM = stream.NAME
 USUAL = "clip_grad_norm_, AdamW(fused)"
@@ -110,7 +110,7 @@ def measure(case: Case, quick: bool, progress: Callable[[str], None]) -> tuple[d
         candidates,
         5 if quick else 21,
         before=put_back_gradients,
-        budget_s=2 if quick else 15,
+        budget_s=2 if quick else 12,
         progress=lambda text: progress(f"{case.title}: {text}"),
     )
     table, notes = summarize(measured, moved, None if ceiling is None else STREAM), []

@@ -13,7 +13,7 @@ from benchmarks import stream
 from benchmarks.harness import BASELINE, REPLAY, Target, alternate, conditions_of, summarize
 
 pytestmark = pytest.mark.benchmark(timer=REPLAY)
-SECONDS_A_CASE = 17
+SECONDS_A_CASE = 16
 
 STREAM = stream.NAME
 WITHIN = 0.95  # the baseline's time over a rule's, at least
@@ -103,7 +103,7 @@ def measure(case: Case, quick: bool, progress: Callable[[str], None]) -> tuple[d
         candidates,
         5 if quick else 21,
         before=touch_gradients,
-        budget_s=2 if quick else 15,
+        budget_s=2 if quick else 12,
         progress=lambda text: progress(f"{case.title}: {text}"),
     )
     table = summarize(measured, moved, None if ceiling is None else STREAM)

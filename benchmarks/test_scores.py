@@ -18,7 +18,7 @@ from benchmarks import stream
 from benchmarks.harness import BASELINE, REPLAY, ROOT, Target, alternate, conditions_of, summarize
 
 pytestmark = pytest.mark.benchmark(timer=REPLAY)
-SECONDS_A_CASE = 18
+SECONDS_A_CASE = 16
 
 STREAM, READS = stream.NAME, "reads alone (ceiling)"
 EINSUM, MATMUL = "einsum, then our step", "matmul into .grad, then our step"
@@ -126,7 +126,7 @@ def measure(case: Case, quick: bool, progress: Callable[[str], None]) -> tuple[d
     measured = alternate(
         candidates,
         5 if quick else 21,
-        budget_s=2 if quick else 15,
+        budget_s=2 if quick else 12,
         progress=lambda text: progress(f"{case.title}: {text}"),
     )
     table = summarize(measured, moved, None if ceiling is None else STREAM)

@@ -30,7 +30,7 @@ from benchmarks.peers import (
 )
 
 pytestmark = pytest.mark.benchmark(timer=REPLAY)
-SECONDS_A_CASE = 20
+SECONDS_A_CASE = 18
 
 STREAM = stream.NAME
 COPY = "torch copy_"
@@ -204,7 +204,7 @@ def measure(case: Case, quick: bool, progress: Callable[[str], None]) -> tuple[d
         candidates,
         rounds,
         before=put_back_gradients,
-        budget_s=2 if quick else 15,
+        budget_s=2 if quick else 12,
         progress=lambda text: progress(f"{case.title}: {text}"),
     )
     rows = summarize(measured, moved, STREAM if ceiling is not None else None)
