@@ -65,7 +65,7 @@ checks: venv    ## three properties of arXiv 2601.05002, measured; fails where o
 demo: venv      ## a GRPO run through TRL; table and figure in demo_out/   (make demo ARGS=--help)
 	$(BIN)/python examples/grpo_demo.py $(ARGS)
 
-bench: venv     ## CPU benchmarks against torch, ratios in alternation
+bench: venv     ## CPU benchmarks against torch in alternation, under 10 minutes   (ARGS="--base REF": against a commit)
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
 bench-full: venv  ## the same with DeepSpeedCPUAdam, which it builds first, optimi, torchao, flashoptim and bitsandbytes
@@ -130,16 +130,18 @@ SANITIZED = OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_st
 	LD_PRELOAD="$$($(or $(CXX),g++) -print-file-name=libasan.so) $$($(or $(CXX),g++) -print-file-name=libubsan.so)" \
 	$(BIN)/python
 
-# Built from the source release, each in a folder of its own: nothing of this tree that is not in it can slip in.
+# Built from the source release, so that nothing of this tree that is not in it can slip in. Both builds share what is
+# compiled, but not build/lib, whose files all go into a wheel.
 # Without nvcc: make wheels BUILDS=cpu. For one GPU: TORCH_CUDA_ARCH_LIST=9.0 make wheels. PYTHONS: to try them on too.
 BUILDS ?= cpu cuda
-wheels: $(if $(filter cuda,$(BUILDS)),.venv/gpu-checks,venv)  ## sdist and cp310-abi3 wheels in dist/, for CPUs and (needs no GPU) CUDA; checks them
+wheels: $(if $(filter cuda,$(BUILDS)),.venv/gpu-checks,venv)  ## source release and cp310-abi3 wheels in dist/, for CPUs and for CUDA (needs no GPU), and their tests
 	rm -rf dist build/wheels
 	FUSED_CLIP_ADAM_BUILD=none $(BIN)/python setup.py --quiet sdist --dist-dir dist
+	mkdir -p build/wheels && tar -xzf dist/*.tar.gz -C build/wheels --strip-components 1
 	for build in $(BUILDS); do \
-		mkdir -p build/wheels/$$build && tar -xzf dist/*.tar.gz -C build/wheels/$$build --strip-components 1 && \
+		rm -rf build/wheels/build/lib* && \
 		FUSED_CLIP_ADAM_BUILD=$$build PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m pip wheel --quiet \
-			--no-build-isolation --no-deps --no-index --wheel-dir dist build/wheels/$$build || exit 1; \
+			--no-build-isolation --no-deps --no-index --wheel-dir dist ./build/wheels || exit 1; \
 	done
 	FUSED_CLIP_ADAM_WHEELS=dist FUSED_CLIP_ADAM_WHEEL_BUILDS="$(BUILDS)" FUSED_CLIP_ADAM_WHEEL_PYTHONS="$(PYTHONS)" \
 		FUSED_CLIP_ADAM_CUDA_LIBRARY=none $(BIN)/python -m pytest tests/test_wheels.py

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu, harness, plot, test_logits, test_objective, test_rules, test_scores, test_step
+from benchmarks import base, gpu, guard, harness, plot, test_logits, test_objective, test_rules, test_scores, test_step
 from fused_clip_adam import GlobalNorm, offload
 from fused_clip_adam.backends import cuda_objective
-from fused_clip_adam.theory import bytes_per_element
+from fused_clip_adam.theory import bytes_per_element, total_coast
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -175,9 +175,12 @@ README = [
     stated("memory moves 16 bytes a thread", "tests/test_cuda_compile.py", "LDG.E.128"),
     stated("start on a 16-byte boundary", "tests/test_cuda_compile.py", "LDG.E.128"),
     traced("about {:.0f} on average", average_return("Acrobot-v1")),
+    traced("With the default betas that adds up to {} more updates", lambda: {9: "nine"}[round(total_coast())]),
 ]
 
 BENCHMARKS = [
+    traced("the median is within {:.0%} of it", value(base.LEAST_CHANGE)),
+    traced("against ours by more than {:.0%} with spreads", value(guard.LEAST_CHANGE)),
     # On a CPU.
     clip_targets(
         "at least {} times as fast as `clip_grad_norm_` + AdamW(fused) and {} times as fast as the `grad_scale` trick",
@@ -293,7 +296,22 @@ BENCHMARKS = [
     ),
 ]
 
+CLIPPED = bytes_per_element(grad_clip=1.0)  # of float32
+
 PAGES = {
+    "docs/performance.md": [
+        traced("and read it again: {} bytes in float32", value(CLIPPED + 2 * 4)),
+        traced("writes g back scaled: {}. A clip here scales g in a register: {}", value(CLIPPED + 4), value(CLIPPED)),
+        traced("gathered inside of the update: {}.", value(bytes_per_element(grad_clip=GlobalNorm(1.0, lag=True)))),
+    ],
+    "docs/numerics.md": [
+        stated("of an objective, in float64 | 1e-12 relative", "tests/test_objectives.py", "EXACT = dict(rtol=1e-12"),
+        stated(
+            "1e-12 relative in float64, 1e-5 in float32",
+            "tests/test_theory.py",
+            "BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5}",
+        ),
+    ],
     "docs/howto/many_ranks.md": setting("one collective of 8 bytes, or of 8 bytes a tensor"),
     "docs/howto/less_memory.md": [
         traced("in buckets of {:.0f} MiB", value(offload.BUCKET_BYTES / 2**20)),
