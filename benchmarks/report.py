@@ -10,6 +10,7 @@ from pathlib import Path
 
 from benchmarks import plot
 from benchmarks.harness import is_ceiling, peers_of, variants_of
+from benchmarks.peers import PACKAGES
 from benchmarks.plot import COPY_FRACTION, FIGURES, KINDS, OTHER_KIND, STREAM_FRACTION, compared, curves, kind_of
 
 START, END = "<!-- results: python -m benchmarks.plot writes this", "<!-- end of results -->"
@@ -35,7 +36,7 @@ def readme_with(text: str, folder: Path, results: list[dict], gpus: dict[Path, l
     head, rest = text.split(START)
     marker, rest = rest.split("\n", 1)
     tail = rest.split(END)[1]
-    sections = [gpu_section(own, _figure_lines(gpu, own, "make gpu")) for gpu, own in gpus.items()]
+    sections = [gpu_section(own, _figure_lines(gpu, own)) for gpu, own in gpus.items()]
     block = "\n\n".join([readme_section(folder, results), *(sections or [NO_GPU])])
     return f"{head}{START}{marker}\n{block}\n{END}{tail}"
 
@@ -49,7 +50,7 @@ def readme_section(folder: Path, results: list[dict]) -> str:
             f"faster. All peers, rules, curves and the planner's predictions: [{PAGE}]({PAGE.as_posix()}).",
             "\n".join(usual_rows(results)),
             slower_sentence(results),
-            *_figure_lines(folder, results, "make bench"),
+            *_figure_lines(folder, results),
         ]
     )
 
@@ -88,9 +89,17 @@ def slower_sentence(results: list[dict]) -> str:
     return f"Faster than ours: {'; '.join(found)}." if found else "No peer was faster than ours in any case."
 
 
-def _figure_lines(folder: Path, results: list[dict], command: str, page: Path = Path("README.md")) -> list[str]:
+def command_for(results: list[dict]) -> str:
+    """What measures these results again, with everyone who took part."""
+    if "gpu" in results[0]["machine"]:
+        return "make gpu"
+    packages = any(name in PACKAGES for result in results for name in result["candidates"])
+    return "make bench-full" if packages else "make bench"
+
+
+def _figure_lines(folder: Path, results: list[dict], page: Path = Path("README.md")) -> list[str]:
     """The figures as a document names them, each with the command that gives it."""
-    lines = []
+    lines, command = [], command_for(results)
     for name, file in plot.figures_of(folder, results).items():
         target = os.path.relpath(file, (plot.ROOT / page).parent).replace(os.sep, "/")
         device = results[0]["machine"].get("gpu")
@@ -108,7 +117,7 @@ def page_with(folder: Path, results: list[dict], gpus: dict[Path, list[dict]] | 
     """docs/performance-results.md: the CPU's tables, figures and versions, then every GPU's."""
     gpus = plot.gpu_results() if gpus is None else gpus
     sections = [cpu_section(folder, results)]
-    sections += [gpu_section(own, _figure_lines(gpu, own, "make gpu", PAGE), level="##") for gpu, own in gpus.items()]
+    sections += [gpu_section(own, _figure_lines(gpu, own, PAGE), level="##") for gpu, own in gpus.items()]
     body = "\n\n".join(sections if gpus else [*sections, NO_GPU])
     return f"# Measured results\n\n{START} from benchmarks/results -->\n{body}\n{END}\n"
 
@@ -135,7 +144,7 @@ def cpu_section(folder: Path, results: list[dict]) -> str:
             blocks.append("\n".join(_rule_rows(result)))
             blocks += [f"{note[0].upper()}{note[1:]}." for note in result.get("notes", ())]
     blocks += _missing(results)
-    blocks += ["### Figures", *_figure_lines(folder, results, "make bench", PAGE)]
+    blocks += ["### Figures", *_figure_lines(folder, results, PAGE)]
     return "\n\n".join(blocks)
 
 

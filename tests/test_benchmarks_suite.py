@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import conftest, guard, harness, plot, report, run
+from benchmarks.peers import PACKAGES
 from benchmarks.progress import EVERY_S, Progress, minutes
 
 ROOT = Path(__file__).parent.parent
@@ -253,12 +254,22 @@ def test_readme_has_every_case_of_the_newest_results_and_a_command_for_every_fig
     section = report.readme_section(folder, results)
     for result in plot.compared(results):
         assert f"| {result['title']} | " in section
-    figures = re.findall(r"!\[[^\]]*\]\(([^)]*)\)\n\n`(make \w+)`[^\n]*`python -m benchmarks.plot`", section)
+    figures = re.findall(r"!\[[^\]]*\]\(([^)]*)\)\n\n`(make [\w-]+)`[^\n]*`python -m benchmarks.plot`", section)
     assert [Path(path).stem for path, _ in figures] == list(plot.figures_of(folder, results))
     assert {"overview", "throughput"} <= {Path(path).stem for path, _ in figures}
     assert all((ROOT / path).exists() for path, _ in figures)
     makefile = (ROOT / "Makefile").read_text()
     assert all(f"\n{command.split()[1]}:" in makefile for _, command in figures)
+
+
+def test_command_of_a_figure_is_the_one_that_measures_all_of_its_rows(own):
+    _, results = own
+    (step,) = [result for result in results if result["name"] == "step-one-tensor"]
+    alone = {**step, "candidates": {k: v for k, v in step["candidates"].items() if k not in PACKAGES}}
+    with_package = {**alone, "candidates": {**alone["candidates"], "optimi": step["candidates"]["torch fused"]}}
+    assert report.command_for([alone]) == "make bench"
+    assert report.command_for([alone, with_package]) == "make bench-full"
+    assert {report.command_for(own) for own in plot.gpu_results().values()} == {"make gpu"}
 
 
 def test_page_has_every_result_and_paths_from_its_own_folder(own):
