@@ -260,6 +260,19 @@ def test_a_study_resumes_where_it_was_killed(tmp_path):
     assert {c["control"] for c in tables[0]["bandit"]["controls"]} == {"random gate"}
 
 
+def test_time_left_is_what_other_methods_took():
+    record = run("bandit", METHODS[PLAIN], 1e-3, 0, shorten=15)
+    plan, runs = replace(SMALL, methods=(PLAIN, "align", "Grams")), Runs(FOLDER)
+    for seed in range(10):
+        runs.records[Key("bandit", PLAIN, 0, seed)] = replace(record, cpu_s=60.0)
+    assert "not known" in study.minutes_left(runs, plan, set(), 1)
+    assert study.minutes_left(runs, plan, {("bandit", PLAIN)}, 1) == "about 20 min left"
+    for seed in range(4):
+        runs.records[Key("bandit", "align", 0, seed)] = replace(record, cpu_s=60.0)
+    assert study.minutes_left(runs, plan, {("bandit", PLAIN)}, 2) == "about 8 min left"
+    assert study.minutes_left(runs, plan, {("bandit", name) for name in plan.methods}, 2) == "all ready"
+
+
 def test_runs_of_another_protocol_are_refused(tmp_path):
     Runs(tmp_path / "runs.jsonl").add(Key("bandit", PLAIN, 0, 0), run("bandit", METHODS[PLAIN], 1e-3, 0, shorten=15))
     text = (tmp_path / "runs.jsonl").read_text()

@@ -11,8 +11,7 @@ import hashlib
 import json
 import os
 import statistics
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
@@ -174,28 +173,24 @@ def run_cell(task: str, method: str, plan: Plan, plain_exponent: int, folder: Pa
 def run_all(plan: Plan, folder: Path, jobs: int, show: Callable[[str], None]) -> Runs:
     """AdamW on every task, then everything else, `jobs` processes at a time."""
     folder.mkdir(parents=True, exist_ok=True)
-    begun, at_first = time.monotonic(), len(Runs.read(folder).records)
     cells = len(plan.tasks) * len(plan.methods)
-    plain: dict[str, int] = {}
-    done = 0
+    done: set[tuple[str, str]] = set()
     context = get_context("spawn")  # a forked process would inherit torch's threads in whatever state they are
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
         pending = {pool.submit(run_cell, task, PLAIN, plan, 0, folder) for task in plan.tasks}
         try:
             while pending:
                 finished, pending = wait(pending, timeout=20, return_when=FIRST_COMPLETED)
+                news = []
                 for future in finished:
                     task, method, best = future.result()
-                    done += 1
+                    done.add((task, method))
                     if method == PLAIN:
-                        plain[task] = best
                         rest = [name for name in plan.methods if name != PLAIN]
                         pending |= {pool.submit(run_cell, task, name, plan, best, folder) for name in rest}
-                    lr = TASKS[task].setting.lr * STEP**best
-                    show(f"{done} of {cells}: {task}, {method}, best lr {lr:.2g}; {_left(begun, done, cells, jobs)}")
-                if not finished:
-                    new = len(Runs.read(folder).records) - at_first
-                    show(f"{done} of {cells} ready, {new} runs taken; {_left(begun, done, cells, jobs)}")
+                    news.append(f"{task}, {method}, best lr {TASKS[task].setting.lr * STEP**best:.2g}")
+                left = minutes_left(Runs.read(folder), plan, done, jobs)
+                show(f"{len(done)} of {cells}, {left}{''.join(f'; {new}' for new in news)}")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -204,16 +199,24 @@ def run_all(plan: Plan, folder: Path, jobs: int, show: Callable[[str], None]) ->
     return runs
 
 
-def _left(begun: float, done: int, cells: int, jobs: int) -> str:
-    if done < jobs:
+def minutes_left(runs: Runs, plan: Plan, done: set[tuple[str, str]], jobs: int) -> str:
+    """From what a task's runs took so far, and as many runs a method as the methods that are ready needed."""
+    seconds: dict[str, list[float]] = {task: [] for task in plan.tasks}
+    taken: dict[tuple[str, str], int] = {}
+    for key, record in runs.records.items():
+        if key.task in seconds:
+            seconds[key.task].append(record.cpu_s)
+            taken[key.task, key.method] = taken.get((key.task, key.method), 0) + 1
+    if not all(seconds.values()) or not done:
         return "time left not known yet"
-    seconds = (time.monotonic() - begun) / done * (cells - done)
-    return f"about {max(1, round(seconds / 60))} min left" if done < cells else "all ready"
+    left = 0.0
+    for task in plan.tasks:
+        needed = statistics.fmean([taken[cell] for cell in done if cell[0] == task] or [taken[cell] for cell in done])
+        for method in plan.methods:
+            if (task, method) not in done:
+                left += max(1.0, needed - taken.get((task, method), 0)) * statistics.fmean(seconds[task])
+    return f"about {max(1, round(left / jobs / 60))} min left" if left else "all ready"
 
 
 def default_jobs() -> int:
     return max(1, os.cpu_count() or 1)
-
-
-def keys_of(runs: Iterable[Key], **fixed: object) -> list[Key]:
-    return [key for key in runs if all(getattr(key, name) == value for name, value in fixed.items())]
