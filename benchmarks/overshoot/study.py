@@ -207,15 +207,16 @@ def minutes_left(runs: Runs, plan: Plan, done: set[tuple[str, str]], jobs: int) 
         if key.task in seconds:
             seconds[key.task].append(record.cpu_s)
             taken[key.task, key.method] = taken.get((key.task, key.method), 0) + 1
-    if not all(seconds.values()) or not done:
+    pending = [(task, method) for task in plan.tasks for method in plan.methods if (task, method) not in done]
+    if not pending:
+        return "all ready"
+    if not done or not all(seconds.values()):
         return "time left not known yet"
     left = 0.0
-    for task in plan.tasks:
+    for task, method in pending:
         needed = statistics.fmean([taken[cell] for cell in done if cell[0] == task] or [taken[cell] for cell in done])
-        for method in plan.methods:
-            if (task, method) not in done:
-                left += max(1.0, needed - taken.get((task, method), 0)) * statistics.fmean(seconds[task])
-    return f"about {max(1, round(left / jobs / 60))} min left" if left else "all ready"
+        left += max(1.0, needed - taken.get((task, method), 0)) * statistics.fmean(seconds[task])
+    return f"about {max(1, round(left / jobs / 60))} min left"
 
 
 def default_jobs() -> int:
