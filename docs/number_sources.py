@@ -328,6 +328,11 @@ PAGES = {
     "docs/howto/stable_baselines3.md": [
         stated("Written against Stable-Baselines3 2.9", "pyproject.toml", "stable-baselines3>=2.9")
     ],
+    "docs/examples.md": [
+        stated("`make demo` | two minutes |", "examples/grpo_demo.py", "About two minutes on one CPU core."),
+        stated("in memory | two minutes on two cores |", "examples/ppo_control.py", "two minutes on two CPU cores."),
+        stated("Lightning | ten seconds |", "examples/lightning_policy.py", "About ten seconds on one CPU core."),
+    ],
     "docs/howto/openrlhf.md": setting("OpenRLHF 0.11 has no hook"),
 }
 

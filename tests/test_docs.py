@@ -239,7 +239,11 @@ def test_second_example_runs_after_the_first(capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "document", ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/objectives.md", "docs/trainers.md")
+    "document",
+    (
+        *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md"),
+        *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").rglob("*.md"))),
+    ),
 )
 def test_links_lead_somewhere(document):
     path = ROOT / document
