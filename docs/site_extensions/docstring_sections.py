@@ -19,14 +19,15 @@ import fused_clip_adam as fca
 
 HEADER = re.compile(r"^(?P<title>[A-Z].*):$")
 LEAD = re.compile(r"^(?P<title>State|Source|Raises|Returns|Args)(?P<rest>, [^:]+)?: ")
-ENTRY = re.compile(r"^(?P<names>[`*\w][^:]*?): (?P<text>.*)$")
+ENTRY = re.compile(r"^(?P<names>`[^`]*`|\*{0,2}[\w.]+(?:, (?:\*{0,2}[\w.]+))*): (?P<text>.*)$")
+KEPT = re.compile(r"(`[^`]*`|(?<![\w*])\*\w+\*(?![\w*]))")
 FIELDS = ("Args", "Keyword Args", "Attributes", "Raises", "Returns", "State", "Note", "Metrics")
 
 
 def escaped(line: str) -> str:
-    """The line with nothing special outside of backticks."""
-    parts = re.split(r"(`[^`]*`)", line)
-    return "".join(part if part.startswith("`") else re.sub(r"[*|]|(?<=\w)_(?!\w)", r"\\\g<0>", part) for part in parts)
+    """The line with nothing special in it but backticks and *stressed* words."""
+    parts = KEPT.split(line)
+    return "".join(part if KEPT.fullmatch(part) else re.sub(r"[*|]|(?<=\w)_(?!\w)", r"\\\g<0>", part) for part in parts)
 
 
 def entries(block: list[str], parameters: set[str]) -> list[tuple[str, list[str]]]:
@@ -36,7 +37,7 @@ def entries(block: list[str], parameters: set[str]) -> list[tuple[str, list[str]
         match = None if line.startswith(" ") else ENTRY.match(line)
         if match:
             found.append((match["names"].strip("`"), [match["text"]]))
-        elif found and (line.startswith(" ") or not line.strip() or not found[-1][0]):
+        elif found and (line.startswith(" ") or not line.strip() or not found[-1][1][-1].endswith(".")):
             found[-1][1].append(line.strip())
         elif line.strip():
             found.append(("", [line.strip()]))
@@ -82,14 +83,13 @@ def rewritten(lines: list[str], parameters: set[str]) -> list[str]:
             end += 1
         if header and any(text.strip() for text in block) and block[0].strip():
             title = header["title"]
-            if title in FIELDS:
-                out += ["", f":{title}:"]
-            else:
-                out += ["", f"**{escaped(title)}:**", ""]
+            in_field = title in FIELDS
+            out += ["", f":{title}:"] if in_field else ["", f"{escaped(title)}:", ""]
+            indent = "    " if in_field else ""
             for names, text in entries(block, parameters):
                 name = f"**{escaped(names)}**: " if names else ""
-                out.append(f"    * {name}{escaped(text[0])}")
-                out += [f"      {escaped(each)}" if each else "" for each in text[1:]]
+                out.append(f"{indent}* {name}{escaped(text[0])}")
+                out += [f"{indent}  {escaped(each)}" if each else "" for each in text[1:]]
             out.append("")
             at = end
             continue

@@ -101,7 +101,7 @@ def coloured(app: Sphinx, file: Path) -> str:
     except UnicodeDecodeError:
         return "<p>Not a text.</p>"
     try:
-        language = get_lexer_for_filename(file.name).aliases[0]
+        language = "cpp" if file.suffix in (".h", ".cu") else get_lexer_for_filename(file.name).aliases[0]
     except (ClassNotFound, IndexError):
         language = "text"
     lines = app.builder.highlighter.highlight_block(text, language, opts={}, location=str(file)).split("\n")
