@@ -136,6 +136,14 @@ def test_sample_of_a_step_is_that_of_torch():
     torch.testing.assert_close(built.sample(), moved, rtol=1e-4, atol=1e-7)
 
 
+def test_a_worker_imports_its_own_version_and_sleeps_while_the_other_is_timed(monkeypatch, tmp_path):
+    monkeypatch.setenv("FUSED_CLIP_ADAM_LIBRARY", "elsewhere.so")  # would give both versions the same kernels
+    environment = base.worker_environment(tmp_path)
+    assert environment["PYTHONPATH"] == str(tmp_path) and environment["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert environment["OMP_NUM_THREADS"] == str(torch.get_num_threads())
+    assert "FUSED_CLIP_ADAM_LIBRARY" not in environment
+
+
 def test_worker_says_what_a_version_lacks(monkeypatch):
     monkeypatch.delattr(fca, "policy_loss_from_logits")
     answer = base_worker.Worker().answer({"do": "build", "kind": "logits", "options": SMALL["logits"]})
@@ -148,12 +156,12 @@ def test_cores_used_by_workers_are_not_the_others():
         pytest.skip("the kernel does not say what other processes use")
     child = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
-        time.sleep(0.5)
-        before, named = harness._cpu_seconds(), harness._cpu_seconds([child.pid])
-        assert named.own - before.own > 0.1
-        time.sleep(1.0)
-        spent = harness._cpu_seconds([child.pid]).own - named.own
-        assert spent > 0.2  # a second, or its part of one on a busy machine
+        used, until = 0.0, time.monotonic() + 60  # a busy machine may not let it run at once
+        while used < 0.3 and time.monotonic() < until:
+            time.sleep(0.1)
+            unnamed = harness._cpu_seconds().own
+            used = harness._cpu_seconds([child.pid]).own - unnamed
+        assert used >= 0.3
     finally:
         child.kill()
         child.wait()
@@ -275,7 +283,7 @@ def test_an_interrupted_comparison_leaves_no_worktree_and_no_process(number):
     folder = Path(running.stdout.readline().strip())
     assert folder.is_dir()
     running.send_signal(number)
-    assert running.wait(30) != 0
+    assert running.wait(120) != 0
     running.stdout.close()
     assert is_gone(folder)
 
