@@ -55,3 +55,12 @@ def test_every_command_of_the_checklist_exists():
         assert program in ("make", "git", "python") and (shutil.which(program) or program == "python"), command
     listed = [line for line in page.splitlines() if line.startswith("- ")]
     assert len(listed) > 10 and all(line.startswith("- [ ] ") for line in listed)
+
+
+def test_files_of_a_release_are_named_by_this_version():
+    named = [
+        (path.name, version)
+        for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))
+        for version in re.findall(r"fused_clip_adam-(\d[\w.]*\d)", path.read_text())
+    ]
+    assert named and {version for _, version in named} == {fca.__version__}
