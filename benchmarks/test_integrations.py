@@ -32,6 +32,7 @@ SECONDS_A_CASE = 18
 
 STREAM = stream.NAME
 LR, CLIP = 1e-5, 0.05  # of both: small steps, since they are repeated on one batch; a clip that acts
+EPS = 1e-3  # so large that weights show whether gradients were clipped: at 1e-8 Adam does not notice their scale
 # Of the total update of three steps: seen 1e-5, from sums of the same terms in another order.
 SAME_WEIGHTS = 1e-3
 
@@ -93,11 +94,11 @@ TRAINING = dict(
 
 
 def torch_adamw(params) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(params, lr=LR, weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(params, lr=LR, eps=EPS, weight_decay=0.0, fused=True)
 
 
 def our_adamw(params) -> fca.FusedClipAdamW:
-    return fca.FusedClipAdamW(params, lr=LR, weight_decay=0.0, grad_clip=CLIP)
+    return fca.FusedClipAdamW(params, lr=LR, eps=EPS, weight_decay=0.0, grad_clip=CLIP)
 
 
 def make_qwen2(quick: bool):
@@ -315,7 +316,7 @@ def compare_sb3(quick: bool) -> Comparison:
 
     def make(cls):
         ours = cls is FusedPPO
-        adamw = {"weight_decay": 0.0, "eps": 1e-8, **({"grad_clip": CLIP} if ours else {"fused": True})}
+        adamw = {"weight_decay": 0.0, "eps": EPS, **({"grad_clip": CLIP} if ours else {"fused": True})}
         model = cls(
             "MlpPolicy",
             make_vec_env("CartPole-v1", 4, seed=0),
