@@ -16,6 +16,8 @@ pytest.importorskip("myst_parser", reason="MyST is not installed: make venv")
 
 import fused_clip_adam as fca
 
+pytestmark = pytest.mark.xdist_group("docs site")  # one worker builds it
+
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 # Adapters that a reader calls; what only they share (clipping, metrics, surrogate) is not public.
@@ -194,6 +196,7 @@ def test_outputs_of_pages_are_those_of_their_blocks(monkeypatch):
     """Text that a page shows as printed is what its block prints, but for the numbers, which may differ by machine."""
     monkeypatch.syspath_prepend(str(DOCS))
     monkeypatch.setenv("MPLBACKEND", "Agg")
+    pytest.importorskip("matplotlib")
     import figures
 
     for page, (name, drawn) in figures.PAGES.items():
