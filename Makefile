@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: help venv test trainers docs checks demo bench bench-full study study-quick gpu gpu-checks lint format asan wheels clean
+.PHONY: help venv test trainers docs checks demo bench bench-full bench-trainers study study-quick gpu gpu-checks lint format asan wheels clean
 
 help:           ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/ :/'
@@ -77,6 +77,10 @@ study: venv     ## the overshoot study, from where it was left: page, figures an
 
 study-quick: venv  ## a trial of the study: four methods, short runs, nothing kept; under five minutes
 	$(BIN)/python -m benchmarks.overshoot --quick --fresh
+
+bench-trainers: .venv-trainers/ready .venv-verl/ready  ## a step in each of these trainers against its own way; writes results
+	.venv-trainers/bin/python -m pytest benchmarks/test_integrations.py -q -k "sb3 or torchrl or rsl-rl or lightning"
+	.venv-verl/bin/python -m pytest benchmarks/test_integrations.py -q -k verl
 
 # No .venv here: the machine's own Python has the torch that fits its GPU, and there may be no network.
 GPU_PYTHON ?= python3

@@ -54,7 +54,7 @@ class Case:
         make: whether quick -> what is compared.
         candidates: ours and its own way.
         needs: module that has to be there; None: nothing but torch.
-        install: what brings it.
+        install: the command that brings it.
     """
 
     title: str
@@ -536,7 +536,7 @@ def compare_verl(quick: bool) -> Comparison:
 
 # ---------------------------------------------------------------- cases
 
-IN_TRAINERS = "measured in the environment of `make trainers`"
+IN_TRAINERS = "make bench-trainers"
 CASES = {
     "integration-trl": Case(
         "TRL: an optimization step of GRPO, a small Qwen2, 8 completions",

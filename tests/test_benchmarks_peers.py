@@ -362,7 +362,7 @@ def test_comparison_in_a_trainer_finds_a_lost_clip(name, monkeypatch):
 
 def test_a_trainer_that_is_not_here_is_named_with_what_brings_it():
     case = replace(integrations.CASES["integration-sb3"], needs="no_such_trainer")
-    assert case.unavailable == "no_such_trainer is not installed: measured in the environment of `make trainers`"
+    assert case.unavailable == "no_such_trainer is not installed: make bench-trainers"
     assert integrations.CASES["integration-in-backward-8"].unavailable is None
     needed = {case.needs for case in integrations.CASES.values()}
     assert needed == {None, "trl", "transformers", "stable_baselines3", "torchrl", "rsl_rl", "lightning", "verl"}
