@@ -620,6 +620,7 @@ def measure(case: Case, quick: bool, progress: Callable[[str], None]) -> tuple[d
         "title": f"{case.title} (elements: {elements:,})",
         "baseline": BASELINE,
         "integration": case.needs or "torch",
+        "measured_by": IN_TRAINERS if case.install == IN_TRAINERS else None,
         "elements": elements,
         "dtype": "float32",
         **conditions_of(measured),

@@ -269,6 +269,8 @@ def test_command_of_a_figure_is_the_one_that_measures_all_of_its_rows(own):
     with_package = {**alone, "candidates": {**alone["candidates"], "optimi": step["candidates"]["torch fused"]}}
     assert report.command_for([alone]) == "make bench"
     assert report.command_for([alone, with_package]) == "make bench-full"
+    in_trainer = {**alone, "measured_by": "make bench-trainers"}
+    assert report.command_for([in_trainer, with_package]) == "make bench-trainers bench-full"
     assert {report.command_for(own) for own in plot.gpu_results().values()} == {"make gpu"}
 
 
