@@ -9,6 +9,7 @@ Comments of a page, which no reader sees:
     <!-- not run: why -->             the next block is only compiled or parsed
 """
 
+import ast
 import contextlib
 import functools
 import importlib
@@ -120,7 +121,11 @@ def test_python_of_a_page_runs(page, tmp_path, monkeypatch, one_thread):
 
 @pytest.mark.parametrize("block", blocks("python"), ids=str)
 def test_python_compiles(block):
-    compile(block.code, str(block), "exec")
+    tree = ast.parse(block.code, str(block))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fused_clip_adam":
+            for alias in node.names:
+                check_name(f"{node.module}.{alias.name}")
     for name in re.findall(r"\bfused_clip_adam(?:\.\w+)+", block.code):
         check_name(name)
     for name in re.findall(r"\bfca((?:\.\w+)+)", block.code):
@@ -268,7 +273,8 @@ def test_configuration_parses(block):
 
 def test_every_block_is_executed_or_says_why_not():
     checked = {"python", "setup", "bash", "console", "yaml", "toml", "json"}
-    for page in PAGES:
+    for page, text in PAGES.items():
+        assert not re.search(r"^(?:[ \t]+```|[ \t]*~~~)", text, re.MULTILINE), f"{page}: a fence nobody finds"
         for block in blocks_of(page):
             directive = re.match(r"\{([\w-]+)\}", block.language)
             assert block.language in checked or (directive and directive[1] in DIRECTIVES), (
