@@ -7,6 +7,7 @@ PREREGISTRATION.md, committed before the runs, says what is compared and how; th
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import json
 import os
@@ -115,6 +116,7 @@ def _line(key: Key, record: Record) -> str:
     return json.dumps({**key._asdict(), **rounded, "protocol": protocol()}) + "\n"
 
 
+@functools.cache
 def protocol() -> str:
     """A hash of what decides the outcome of a run, comments and formatting aside."""
     trees = [ast.dump(ast.parse((ROOT / source).read_text())) for source in SOURCES]
