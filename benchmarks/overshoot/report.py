@@ -62,8 +62,8 @@ def advice(summary: dict, link: str = "docs/overshoot_study.md") -> str:
         text.append("No correction was better on two of them, so that none is recommended.")
     text.append(_sentence_of(summary, "correction", "better", "Better", but=chosen))
     text.append(_sentence_of(summary, "correction", "worse", "Worse", but=[]))
-    text.append(_sentence_of(summary, "known", "better", "Of what one would try anyway, better"))
-    text.append(_sentence_of(summary, "known", "worse", "worse"))
+    text.append(_sentence_of(summary, "known", "better", "Better, of what one would try anyway"))
+    text.append(_sentence_of(summary, "known", "worse", "Worse, of what one would try anyway"))
     shown = {name: specific(task) for name, task in summary["tasks"].items()}
     shown = {name: both for name, both in shown.items() if both is not None}
     if shown:
