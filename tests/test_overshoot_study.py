@@ -234,7 +234,7 @@ def test_page_and_figures_show_every_method(tmp_path):
         assert path.read_bytes() == draw(made, tmp_path / "again.svg").read_bytes(), "not the same file twice"
     drawn = (tmp_path / "draw_differences.svg").read_text()
     assert all(f"<!-- {name} -->" in drawn for name in [*names, "worse"])
-    text = f"before\n{report.README_START} -->\nold\n{report.README_END}\nafter"
+    text = f"before\n{report.GENERATED_START} -->\nold\n{report.GENERATED_END}\nafter"
     assert "old" not in report.readme_with(text, made) and report.readme_with(text, made).endswith("after")
 
 

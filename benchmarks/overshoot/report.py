@@ -97,7 +97,8 @@ def _code(name: str) -> str:
 
 # ---------------------------------------------------------------- the page
 
-README_START, README_END = "<!-- study: python -m benchmarks.overshoot.report writes this", "<!-- end of study -->"
+GENERATED_START = "<!-- study: python -m benchmarks.overshoot.report writes this"
+GENERATED_END = "<!-- end of study -->"
 
 
 def page(summary: dict) -> str:
@@ -105,6 +106,7 @@ def page(summary: dict) -> str:
     machine = summary["machine"]
     parts = [
         "# What the corrections do: a study",
+        f"{GENERATED_START} -->",
         f"*{summary['runs']:,} runs, {summary['cpu_hours']:.1f} hours of one CPU core ({machine['cpu']}, torch "
         f"{machine['torch']}), {machine['date']}, commit {machine['commit']}. `make study` runs it again, from where "
         "it was left; `make study-quick` is a trial in under five minutes; `python -m benchmarks.overshoot.report` "
@@ -135,6 +137,7 @@ def page(summary: dict) -> str:
         "a task; constant learning rates unless the method decays them, in steps of two; options of the rules not "
         "tuned. A difference that is not shown may be there and small. Overshoot at a method's own best learning rate "
         "is confounded with that learning rate: compare it at AdamW's.",
+        GENERATED_END,
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -206,10 +209,10 @@ def _signed(spread: dict) -> str:
 
 def readme_with(text: str, summary: dict) -> str:
     """The README's text with the study's advice between its markers."""
-    head, rest = text.split(README_START)
+    head, rest = text.split(GENERATED_START)
     marker, rest = rest.split("\n", 1)
-    tail = rest.split(README_END)[1]
-    return f"{head}{README_START}{marker}\n{textwrap.fill(advice(summary), 120)}\n{README_END}{tail}"
+    tail = rest.split(GENERATED_END)[1]
+    return f"{head}{GENERATED_START}{marker}\n{textwrap.fill(advice(summary), 120)}\n{GENERATED_END}{tail}"
 
 
 def terminal_table(summary: dict) -> str:
