@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fused_clip_adam.distributed import Spread, is_spread, local, local_gradient, spread_of
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_PLAIN = (torch.nn.Parameter, Tensor)
 
 
 @dataclasses.dataclass
@@ -70,7 +71,8 @@ def collect(
             if grad is None:
                 continue
             p, where = owner, None
-            if is_spread(owner) or is_spread(grad):
+            plain = type(grad) is Tensor and type(owner) in _PLAIN  # what nearly all are, told without a call
+            if not plain and (is_spread(owner) or is_spread(grad)):
                 p, grad = local(owner), local_gradient(_name(index, position), owner, grad)
                 where = (owner.device_mesh, owner.placements)
             # Everything a kind of tensor can be refused for is in `kind`, so it is checked once a kind, and a model of
@@ -118,11 +120,14 @@ def attach_states(
         own = states[i]
         if on_device and own["step"].device != batch.device:
             own["step"] = own["step"].to(batch.device)
-    batch.exp_avgs = [local(own["exp_avg"]) for own in states]
-    batch.exp_avg_sqs = [local(own["exp_avg_sq"]) for own in states]
+    batch.exp_avgs = [own["exp_avg"] for own in states]
+    batch.exp_avg_sqs = [own["exp_avg_sq"] for own in states]
     batch.steps = [own["step"] for own in states]
     if amsgrad:
-        batch.max_exp_avg_sqs = [local(own["max_exp_avg_sq"]) for own in states]
+        batch.max_exp_avg_sqs = [own["max_exp_avg_sq"] for own in states]
+    if batch.spread is not None:
+        for moments in (batch.exp_avgs, batch.exp_avg_sqs, batch.max_exp_avg_sqs):
+            moments[:] = map(local, moments)
     if weigh or any("bias_weights" in own for own in states):
         # The optimizer fills in the missing ones: it knows the betas.
         batch.bias_weights = [own.get("bias_weights") for own in states]
