@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 from benchmarks.harness import ROOT
 from benchmarks.overshoot import report
 from benchmarks.overshoot.methods import METHODS
-from benchmarks.overshoot.study import FOLDER, PLAIN, QUICK, Plan, default_jobs, run_all
+from benchmarks.overshoot.study import FILES, FOLDER, PLAIN, QUICK, Plan, default_jobs, run_all
 from benchmarks.overshoot.tasks import TASKS
 
 
@@ -22,27 +21,36 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Plan]
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="by default all; AdamW always takes part")
     parser.add_argument("--jobs", type=int, default=default_jobs(), help="processes, each with one thread")
     parser.add_argument("--output", type=Path, help="folder of the runs; not for a part of the study: the results'")
-    parser.add_argument("--fresh", action="store_true", help="delete the folder's runs first, instead of going on")
+    parser.add_argument(
+        "--fresh", action="store_true", help="delete the folder's runs first, instead of going on from them"
+    )
     options = parser.parse_args(arguments)
     if options.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {options.jobs}")
     plan = QUICK if options.quick else Plan()
     if options.tasks:
-        plan = replace(plan, tasks=tuple(options.tasks))
+        plan = replace(plan, tasks=tuple(task for task in TASKS if task in options.tasks))
     if options.methods:
-        plan = replace(plan, methods=(PLAIN, *(name for name in options.methods if name != PLAIN)))
+        plan = replace(plan, methods=tuple(name for name in METHODS if name in (PLAIN, *options.methods)))
+    whole = plan == Plan()
     if options.output is None:
-        whole = plan == Plan()
         options.output = FOLDER if whole else ROOT / "build" / "overshoot" / ("quick" if options.quick else "part")
+    options.output = options.output.resolve()
+    if options.output == FOLDER and not whole:
+        parser.error("--output: the folder of the results takes the whole study only")
     return options, plan
 
 
 def main(arguments: list[str] | None = None) -> int:
     options, plan = parse(arguments)
-    if options.fresh and options.output.exists():
-        shutil.rmtree(options.output)
+    published = options.output == FOLDER
+    if published:
+        report.check_readme()  # before an hour of runs, not after
+    if options.fresh:
+        for name in FILES:
+            (options.output / name).unlink(missing_ok=True)
     runs = run_all(plan, options.output, options.jobs, lambda text: print(f"  {text}", flush=True))
-    report.write(runs, plan, options.output, page=options.output == FOLDER)
+    report.write(runs, plan, options.output, published)
     return 0
 
 

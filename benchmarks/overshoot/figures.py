@@ -48,22 +48,57 @@ def draw_hot(summary: dict, path: Path) -> Path:
     for column, (task, found) in enumerate(tasks.items()):
         best = {row["method"]: row["adamw_lr"] for row in found["methods"] if "adamw_lr" in row}
         for axis, quantity in zip(axes[:, column], ("auc", "overshoot")):
+            multiples = {1.0}
             for i, (name, colour) in enumerate(LINES.items()):
                 if name not in best:
                     continue
                 points = [(1.0, best[name][quantity])]
                 points += [(h["times_best_lr"], h["same_lr"][quantity]) for h in found["hot"] if h["method"] == name]
+                multiples |= {times for times, _ in points}
                 x = [times * 1.03 ** (i - 1) for times, _ in points]
                 bars = [[p["mean"] - p["low"] for _, p in points], [p["high"] - p["mean"] for _, p in points]]
                 axis.errorbar(x, [p["mean"] for _, p in points], bars, color=colour, marker="o", capsize=2, label=name)
             axis.axhline(0, color=INK, linewidth=0.8, linestyle=":")
             axis.set_xscale("log", base=2)
-            axis.set_xticks([p for p, _ in points], [f"{p:g}x" for p, _ in points])
+            axis.set_xticks(sorted(multiples), [f"{times:g}x" for times in sorted(multiples)])
         axes[0, column].set_title(f"{task}, {found['seeds']} seeds", loc="left", fontsize=10, fontweight="bold")
         axes[1, column].set_xlabel("learning rate, of AdamW's best")
     axes[0, 0].set_ylabel("area under the learning curve,\nminus AdamW's")
     axes[1, 0].set_ylabel("overshoot (nats per token),\nminus AdamW's")
-    axes[0, 0].legend(frameon=False, fontsize=8)
+    if axes[0, 0].get_legend_handles_labels()[0]:
+        axes[0, 0].legend(frameon=False, fontsize=8)
+    return _save(plt, figure, path)
+
+
+def draw_frontier(summary: dict, path: Path) -> Path:
+    """Area under the learning curve over overshoot, both axes of each task its own; a line joins learning rates."""
+    plt = _pyplot()
+    tasks = summary["tasks"]
+    named = {"AdamW": INK, **LINES, "scaled momentum": OTHER}
+    figure, axes = plt.subplots(1, len(tasks), figsize=(4.1 * len(tasks), 3.9), layout="constrained", squeeze=False)
+    for axis, (task, found) in zip(axes[0], tasks.items()):
+        for row in sorted(
+            found["methods"], key=lambda row: list(named).index(row["method"]) if row["method"] in named else -1
+        ):
+            colour = named.get(row["method"])
+            points = sorted(row["search"], key=lambda point: point["lr"])
+            style = {
+                "color": colour,
+                "marker": "o",
+                "linewidth": 1.6,
+                "markersize": 4,
+                "label": row["method"],
+                "zorder": 3,
+            }
+            if colour is None:
+                style = {"color": "#d5dae0", "linewidth": 0.8, "zorder": 1}
+            axis.plot([point["overshoot"] for point in points], [point["auc"] for point in points], **style)
+        axis.set_xscale("log")
+        axis.set_title(f"{task}, {found['tuning_seeds']} tuning seeds", loc="left", fontsize=10, fontweight="bold")
+        axis.set_xlabel("overshoot, nats per token")
+    axes[0, 0].set_ylabel("area under the learning curve")
+    handles = axes[0, 0].get_legend_handles_labels()[0] + [plt.Line2D([], [], color="#d5dae0", label="all others")]
+    axes[0, -1].legend(handles=handles, frameon=False, fontsize=8)
     return _save(plt, figure, path)
 
 

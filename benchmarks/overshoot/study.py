@@ -7,24 +7,27 @@ PREREGISTRATION.md, committed before the runs, says what is compared and how; th
 from __future__ import annotations
 
 import ast
+import contextlib
+import fcntl
 import functools
 import hashlib
 import json
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.harness import RESULTS, ROOT
+from benchmarks.harness import RESULTS, ROOT, machine_info
 from benchmarks.overshoot.loop import Record, run
 from benchmarks.overshoot.methods import METHODS
 from benchmarks.overshoot.tasks import TASKS
 
 FOLDER = RESULTS / "overshoot"
+FILES = ("runs.jsonl", "machine.json", "summary.json")
 PLAIN = "AdamW"
 STEP = 2.0  # between neighbours in the search for a learning rate
 SOURCES = [f"benchmarks/overshoot/{name}.py" for name in ("tasks", "loop", "methods")] + ["examples/ppo_control.py"]
@@ -80,40 +83,58 @@ class Runs:
 
     path: Path
     records: dict[Key, Record] = field(default_factory=dict)
+    shorten: int = 1
 
     @classmethod
-    def read(cls, folder: Path) -> Runs:
+    def read(cls, folder: Path, shorten: int = 1) -> Runs:
         """What is there so far. A last line that a killed process left unfinished does not count.
 
         Raises:
-            SystemExit: there are runs of another protocol.
+            SystemExit: there are runs of another protocol, or of another length.
         """
-        runs = cls(folder / "runs.jsonl")
+        runs = cls(folder / "runs.jsonl", shorten=shorten)
         for text in runs.path.read_text().splitlines() if runs.path.exists() else ():
             try:
                 line = json.loads(text)
             except json.JSONDecodeError:
                 continue
-            if line.pop("protocol") != protocol():
-                raise SystemExit(f"{runs.path.name} has runs of another protocol: start anew with --fresh")
+            if (line.pop("protocol"), line.pop("shorten", 1)) != (protocol(), shorten):
+                raise SystemExit(f"{runs.path.name} has runs of another protocol or length: start anew with --fresh")
             key = Key(*(line.pop(name) for name in Key._fields))
             runs.records[key] = Record(**line)
         return runs
 
     def add(self, key: Key, record: Record) -> None:
-        self.records[key] = record
+        line = self._line(key, record)
+        self.records[key] = Record(**{name: json.loads(line)[name] for name in asdict(record)})  # as it will be read
         with self.path.open("a") as file:
-            file.write(_line(key, record))
+            file.write(line)
+
+    def end_torn_line(self) -> None:
+        """So that what is written next is not appended to what a killed process left unfinished."""
+        if self.path.exists() and (text := self.path.read_bytes()) and not text.endswith(b"\n"):
+            with self.path.open("a") as file:
+                file.write("\n")
+
+    def machine(self) -> dict:
+        """Of the process that took the first runs, written when it began; without that file, this one's."""
+        path = self.path.with_name("machine.json")
+        return json.loads(path.read_text()) if path.exists() else machine_info()
+
+    def note_machine(self) -> None:
+        path = self.path.with_name("machine.json")
+        if not path.exists():
+            path.write_text(json.dumps(machine_info(), indent=1) + "\n")
 
     def write_sorted(self) -> None:
         partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(_line(key, self.records[key]) for key in sorted(self.records)))
+        partial.write_text("".join(self._line(key, self.records[key]) for key in sorted(self.records)))
         partial.replace(self.path)
 
-
-def _line(key: Key, record: Record) -> str:
-    rounded = {name: round(x, 6) if isinstance(x, float) else x for name, x in asdict(record).items()}
-    return json.dumps({**key._asdict(), **rounded, "protocol": protocol()}) + "\n"
+    def _line(self, key: Key, record: Record) -> str:
+        rounded = {name: round(x, 6) if isinstance(x, float) else x for name, x in asdict(record).items()}
+        length = {} if self.shorten == 1 else {"shorten": self.shorten}
+        return json.dumps({**key._asdict(), **rounded, "protocol": protocol(), **length}) + "\n"
 
 
 @functools.cache
@@ -152,7 +173,7 @@ def run_cell(task: str, method: str, plan: Plan, plain_exponent: int, folder: Pa
     Args:
         plain_exponent: AdamW's best, where the search begins and where the method is measured as well.
     """
-    runs = Runs.read(folder)
+    runs = Runs.read(folder, plan.shorten)
 
     def measure(key: Key) -> Record:
         if key not in runs.records:
@@ -173,8 +194,31 @@ def run_cell(task: str, method: str, plan: Plan, plain_exponent: int, folder: Pa
 
 
 def run_all(plan: Plan, folder: Path, jobs: int, show: Callable[[str], None]) -> Runs:
-    """AdamW on every task, then everything else, `jobs` processes at a time."""
+    """AdamW on every task, then everything else, `jobs` processes at a time.
+
+    Raises:
+        SystemExit: another process takes runs of this folder.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        return _run_all(plan, folder, jobs, show)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Two studies would run the same things, and one would sort away what the other had just written."""
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SystemExit(f"another process takes runs of {folder.name}") from None
+        yield
+
+
+def _run_all(plan: Plan, folder: Path, jobs: int, show: Callable[[str], None]) -> Runs:
+    runs = Runs.read(folder, plan.shorten)
+    runs.end_torn_line()
+    runs.note_machine()
     cells = len(plan.tasks) * len(plan.methods)
     done: set[tuple[str, str]] = set()
     context = get_context("spawn")  # a forked process would inherit torch's threads in whatever state they are
@@ -191,12 +235,12 @@ def run_all(plan: Plan, folder: Path, jobs: int, show: Callable[[str], None]) ->
                         rest = [name for name in plan.methods if name != PLAIN]
                         pending |= {pool.submit(run_cell, task, name, plan, best, folder) for name in rest}
                     news.append(f"{task}, {method}, best lr {TASKS[task].setting.lr * STEP**best:.2g}")
-                left = minutes_left(Runs.read(folder), plan, done, jobs)
+                left = minutes_left(Runs.read(folder, plan.shorten), plan, done, jobs)
                 show(f"{len(done)} of {cells}, {left}{''.join(f'; {new}' for new in news)}")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    runs = Runs.read(folder)
+    runs = Runs.read(folder, plan.shorten)
     runs.write_sorted()
     return runs
 

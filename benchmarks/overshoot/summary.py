@@ -6,7 +6,6 @@ import math
 import statistics
 from typing import NamedTuple
 
-from benchmarks.harness import machine_info
 from benchmarks.overshoot.loop import Record
 from benchmarks.overshoot.methods import METHODS
 from benchmarks.overshoot.study import PLAIN, STEP, Key, Plan, Runs, best_exponent, protocol
@@ -14,6 +13,7 @@ from benchmarks.overshoot.tasks import TASKS
 
 LEVEL = 0.05
 COMPARED = ("auc", "final", "held_out", "overshoot", "kl", "clipped")
+MEANS = (*COMPARED, "steps")
 DECAY = "lr decay"
 CONTROLLED = ("align",)
 """Methods that are compared with their controls, too."""
@@ -22,6 +22,7 @@ CONTROLLED = ("align",)
 class Paired(NamedTuple):
     """Differences of pairs: mean, standard error, 95% interval, p of a two-sided t-test.
 
+    Pairs of which one is not finite do not count, which `n` shows; of fewer than two, all but `n` is NaN, and p is 1.
     Where all differences are equal, p is 1 if they are 0, else 0.
     """
 
@@ -34,9 +35,11 @@ class Paired(NamedTuple):
 
     @classmethod
     def of(cls, ours: list[float], theirs: list[float]) -> Paired:
-        differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-        n, mean = len(differences), statistics.fmean(differences)
-        se = statistics.stdev(differences) / math.sqrt(n)
+        differences = [d for a, b in zip(ours, theirs, strict=True) if math.isfinite(d := a - b)]
+        n = len(differences)
+        if n < 2:
+            return cls(*[math.nan] * 4, 1.0, n)
+        mean, se = statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(n)
         if se == 0.0:
             return cls(mean, 0.0, mean, mean, float(mean == 0.0), n)
         half = t_quantile(0.975, n - 1) * se
@@ -68,14 +71,24 @@ def holm(p: list[float]) -> list[float]:
 
 
 def summarize(runs: Runs, plan: Plan) -> dict:
-    """Per task: AdamW's means, and every other method's paired differences from it."""
+    """Per task: AdamW's means, and every other method's paired differences from it.
+
+    Raises:
+        SystemExit: runs are missing.
+    """
+    try:
+        tasks = {task: _task(runs, plan, task) for task in plan.tasks}
+    except KeyError as missing:
+        raise SystemExit(
+            f"the study is not complete, {missing.args[0]} is missing: python -m benchmarks.overshoot"
+        ) from None
     return {
-        "machine": machine_info(),
+        "machine": runs.machine(),
         "protocol": protocol(),
         "runs": len(runs.records),
         "cpu_hours": round(sum(record.cpu_s for record in runs.records.values()) / 3600, 2),
         "level": LEVEL,
-        "tasks": {task: _task(runs, plan, task) for task in plan.tasks},
+        "tasks": tasks,
     }
 
 
@@ -99,7 +112,8 @@ def _task(runs: Runs, plan: Plan, task: str) -> dict:
             "lr": _lr(task, exponent),
             "bracketed": abs(exponent) < plan.reach,
             "means": _means(own[method]),
-            "failed": sum(record.failed for record in own[method]),
+            "search": _search(runs, plan, task, method),
+            "failed": sum(r.failed for key, r in runs.records.items() if (key.task, key.method) == (task, method)),
         }
         if method != PLAIN:
             row["own_lr"] = _differences(own[method], baseline)
@@ -107,9 +121,7 @@ def _task(runs: Runs, plan: Plan, task: str) -> dict:
         rows.append(row)
     for row in rows:
         if DECAY in own and row["method"] != DECAY:
-            row["auc_over_lr_decay"] = Paired.of(
-                _column(own[row["method"]], "auc"), _column(own[DECAY], "auc")
-            )._asdict()
+            row["auc_minus_lr_decay"] = _differences(own[row["method"]], own[DECAY])["auc"]
     others = [row for row in rows if row["method"] != PLAIN]
     for row, p in zip(others, holm([row["own_lr"]["auc"]["p"] for row in others])):
         row["p_holm"] = p
@@ -126,21 +138,25 @@ def _task(runs: Runs, plan: Plan, task: str) -> dict:
         for name in plan.methods
         if METHODS[name].controls == method and method in plan.methods
     ]
-    hot = [
-        {
-            "method": method,
-            "times_best_lr": STEP**factor,
-            "same_lr": _differences(records(method, plain + factor), records(PLAIN, plain + factor)),
-            "means": _means(records(method, plain + factor)),
-        }
-        for factor in plan.hot
-        for method in plan.hot_methods
-        if method in plan.methods and method != PLAIN
-    ]
+    hot = []
+    for factor in plan.hot:
+        for method in [name for name in plan.hot_methods if name in plan.methods]:
+            here = records(method, plain + factor)
+            row = {"method": method, "times_best_lr": STEP**factor, "means": _means(here)}
+            if method != PLAIN:
+                row["same_lr"] = _differences(here, records(PLAIN, plain + factor))
+            hot.append(row)
+    # What a difference as uncertain as most has to be, to be called one where it is the largest of all.
+    errors = [row["own_lr"]["auc"]["se"] for row in others]
+    seeds = len(plan.held_out_seeds(task))
+    detectable = t_quantile(1 - LEVEL / 2 / max(1, len(others)), seeds - 1) * (
+        statistics.median(errors) if errors else 0
+    )
     return {
         "batches": max(2, TASKS[task].setting.rollouts // plan.shorten),
         "tuning_seeds": len(plan.tuning_seeds(task)),
-        "seeds": len(plan.held_out_seeds(task)),
+        "seeds": seeds,
+        "detectable": detectable,
         "methods": rows,
         "controls": controls,
         "hot": hot,
@@ -151,16 +167,33 @@ def _lr(task: str, exponent: int) -> float:
     return TASKS[task].setting.lr * STEP**exponent
 
 
-def _column(records: list[Record], name: str) -> list[float]:
-    return [getattr(record, name) for record in records]
+def _search(runs: Runs, plan: Plan, task: str, method: str) -> list[dict]:
+    """What the search for a learning rate saw: means over the tuning seeds at every learning rate it tried."""
+    seen = sorted(
+        {key.exponent for key in runs.records if key[:2] == (task, method) and key.seed in plan.tuning_seeds(task)}
+    )
+    found = []
+    for exponent in seen:
+        at = [runs.records[Key(task, method, exponent, seed)] for seed in plan.tuning_seeds(task)]
+        found.append({"lr": _lr(task, exponent), **{name: _mean(at, name) for name in COMPARED}})
+    return found
+
+
+def _mean(records: list[Record], name: str) -> float:
+    """Over the runs in which it is finite."""
+    values = [value for record in records if math.isfinite(value := getattr(record, name))]
+    return statistics.fmean(values) if values else math.nan
 
 
 def _means(records: list[Record]) -> dict:
-    means = {name: statistics.fmean(_column(records, name)) for name in COMPARED}
     kept = [record.kept for record in records if record.kept is not None]
     curve = [statistics.fmean(points) for points in zip(*(record.curve for record in records))]
+    means = {name: _mean(records, name) for name in MEANS}
     return {**means, "kept": statistics.fmean(kept) if kept else None, "curve": curve}
 
 
 def _differences(ours: list[Record], theirs: list[Record]) -> dict:
-    return {name: Paired.of(_column(ours, name), _column(theirs, name))._asdict() for name in COMPARED}
+    def column(records: list[Record], name: str) -> list[float]:
+        return [getattr(record, name) for record in records]
+
+    return {name: Paired.of(column(ours, name), column(theirs, name))._asdict() for name in COMPARED}
