@@ -94,6 +94,9 @@ def draw_frontier(summary: dict, path: Path) -> Path:
                 style = {"color": "#d5dae0", "linewidth": 0.8, "zorder": 1}
             axis.plot([point["overshoot"] for point in points], [point["auc"] for point in points], **style)
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(plt.NullFormatter())
         axis.set_title(f"{task}, {found['tuning_seeds']} tuning seeds", loc="left", fontsize=10, fontweight="bold")
         axis.set_xlabel("overshoot, nats per token")
     axes[0, 0].set_ylabel("area under the learning curve")
