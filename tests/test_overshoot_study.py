@@ -220,6 +220,16 @@ def test_advice_follows_the_registered_rules():
     assert "Slower: `align` on c" in text and "faster: `lr decay` on c" in text and "Faster: `align` on a, b" in text
 
 
+def test_advice_says_what_a_high_learning_rate_does():
+    cold, warm = found({"align": "worse"}), found({"align": "worse"})
+    warm["hot"].append({**warm["hot"][0], "times_best_lr": 4.0, "same_lr": {"auc": spread(0.1)}})
+    assert "At 4 times" not in report.advice(summary_of(a=cold)) and "At 2 times" not in report.advice(
+        summary_of(a=cold)
+    )
+    text = report.advice(summary_of(a=cold, b=warm, c=warm))
+    assert "At 4 times AdamW's best learning rate, faster than AdamW there: `align` on b, c." in text
+
+
 def test_advice_of_one_blunt_task():
     task = found({"align": "not shown"}) | {"detectable": 0.2}
     text = report.advice(summary_of(a=task))

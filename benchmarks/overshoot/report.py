@@ -73,6 +73,7 @@ def advice(summary: dict, link: str = "docs/overshoot_study.md") -> str:
             if _is_blunt(task)
         ),
         *_align_sentences(tasks),
+        _hottest_sentence(tasks),
         "Nothing here has been shown on a large language model.",
     ]
     return " ".join(sentence for sentence in text if sentence)
@@ -95,6 +96,22 @@ def _align_sentences(tasks: dict) -> list[str]:
         f"faster on {_of([name for name, found in both.items() if found[0]], both)} and overshot less on "
         f"{_of([name for name, found in both.items() if found[1]], both)}.",
     ]
+
+
+def _hottest_sentence(tasks: dict) -> str:
+    """What beat AdamW at the highest learning rate at which both were measured."""
+    times = max((row["times_best_lr"] for task in tasks.values() for row in task["hot"]), default=0.0)
+    faster: dict[str, list[str]] = {}
+    for name, task in tasks.items():
+        for row in task["hot"]:
+            if row["times_best_lr"] == times and row.get("same_lr", {}).get("auc", {}).get("low", 0.0) > 0:
+                faster.setdefault(row["method"], []).append(name)
+    by_place: dict[tuple[str, ...], list[str]] = {}
+    for method, where in faster.items():
+        by_place.setdefault(tuple(where), []).append(method)
+    parts = [f"{', '.join(map(_code, methods))} on {', '.join(where)}" for where, methods in by_place.items()]
+    lead = f"At {times:g} times AdamW's best learning rate, faster than AdamW there"
+    return f"{lead}: {'; '.join(parts)}." if parts else ""
 
 
 def _plain(task: dict) -> dict:
