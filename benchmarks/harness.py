@@ -342,6 +342,11 @@ def is_ceiling(name: str) -> bool:
     return name.endswith("(ceiling)") or name == "torch copy_"
 
 
+def short_title(result: dict) -> str:
+    """A result's title without its sizes."""
+    return result["title"].split(" (tensors")[0]
+
+
 def peers_of(result: dict) -> list[str]:
     """The candidates that are somebody else's way: neither ceilings nor ours in another backend, form or rule."""
     return [name for name in result["candidates"] if not is_ceiling(name) and not _is_ours(result, name)]

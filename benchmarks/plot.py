@@ -13,7 +13,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from benchmarks.harness import RESULTS, ROOT, peers_of, variants_of
+from benchmarks.harness import RESULTS, ROOT, peers_of, short_title, variants_of
 
 STREAM_FRACTION, COPY_FRACTION = "fraction_of_stream", "fraction_of_ceiling"  # of a result on a CPU, on a GPU
 FASTER, SLOWER, FRACTION, CEILING_LINE = "#2a6f97", "#c8553d", "#5b8c5a", "#444444"
@@ -112,7 +112,7 @@ def draw(results: list[dict], path: Path) -> Path:
     )
 
     fraction = fraction_key(results[0])
-    fractions = [(r["title"], r["candidates"][r["baseline"]][fraction]) for r in results]
+    fractions = [(short_title(r), r["candidates"][r["baseline"]][fraction]) for r in results]
     fractions = [(title, spread) for title, spread in fractions if spread is not None]
     for y, (_, spread) in enumerate(fractions):
         right.barh(y, spread["p50"], color=FRACTION, height=0.6)
@@ -120,7 +120,7 @@ def draw(results: list[dict], path: Path) -> Path:
         right.text(max(spread["p50"], spread["p80"]) + 0.02, y, f"{spread['p50']:.0%}", va="center", fontsize=8)
     right.set_yticks(
         range(len(fractions)),
-        ["\n".join(textwrap.wrap(title.split(" (tensors")[0], 34)) for title, _ in fractions],
+        ["\n".join(textwrap.wrap(title, 34)) for title, _ in fractions],
         fontsize=7,
     )
     right.axvline(1, color="black", linewidth=0.8, linestyle=":")
@@ -147,7 +147,7 @@ def draw_throughput(results: list[dict], path: Path) -> Path | None:
     plt = _pyplot()
     bars: list[tuple[str, dict | None, dict]] = []  # a heading has no row
     for result in steps:
-        bars.append((result["title"], None, result))
+        bars.append((short_title(result), None, result))
         names = [result["baseline"], *peers_of(result), *variants_of(result)]
         rows = [(name, result["candidates"][name]) for name in names]
         counted = [(name, row, result) for name, row in rows if row["bytes"] is not None]

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from benchmarks import plot
-from benchmarks.harness import is_ceiling, peers_of, variants_of
+from benchmarks.harness import is_ceiling, peers_of, short_title, variants_of
 from benchmarks.peers import PACKAGES
 from benchmarks.plot import COPY_FRACTION, FIGURES, KINDS, OTHER_KIND, STREAM_FRACTION, compared, curves, kind_of
 
@@ -196,10 +196,6 @@ def label(name: str, result: dict) -> str:
     clips = result.get("max_norm") is not None or "clip" in result["name"]
     usual = "clip_grad_norm_ + AdamW(fused)" if clips else "AdamW(fused)"
     return {"torch fused": usual, "torch fused, grad_scale": "AdamW(fused), clip by grad_scale"}.get(name, name)
-
-
-def short_title(result: dict) -> str:
-    return result["title"].split(" (tensors")[0]
 
 
 def _machine(results: list[dict]) -> dict:

@@ -313,7 +313,10 @@ def test_throughput_shows_each_step_beside_the_ceiling_of_its_run(own, tmp_path)
     steps = [result for result in plot.compared(results) if result["name"].startswith("step-")]
     assert steps
     for result in steps:
-        assert result["title"] in drawn and f"ceiling {result['ceiling']['gigabytes_per_second']:,.0f}" in drawn
+        assert (
+            harness.short_title(result) in drawn
+            and f"ceiling {result['ceiling']['gigabytes_per_second']:,.0f}" in drawn
+        )
         for name in harness.peers_of(result):
             row = result["candidates"][name]
             if row["bytes"] is not None:
