@@ -47,7 +47,7 @@ def specific(task: dict, method: str = "align") -> tuple[bool, bool] | None:
 
 
 def advice(summary: dict, link: str = "docs/overshoot_study.md") -> str:
-    """What README and documentation say of the corrections: sentences that follow from the summary."""
+    """What README and documentation say of the corrections: what follows from the summary, a paragraph and a list."""
     tasks = summary["tasks"]
     seeds = sorted({task["seeds"] for task in tasks.values()})
     chosen = recommended(summary)
@@ -76,7 +76,8 @@ def advice(summary: dict, link: str = "docs/overshoot_study.md") -> str:
         _hottest_sentence(tasks),
         "Nothing here has been shown on a large language model.",
     ]
-    return " ".join(sentence for sentence in text if sentence)
+    first, second, *rest = [sentence for sentence in text if sentence]
+    return "\n".join([f"{first} {second}", "", *(f"- {sentence}" for sentence in rest)])
 
 
 def _align_sentences(tasks: dict) -> list[str]:
@@ -320,7 +321,11 @@ def readme_with(text: str, summary: dict) -> str:
     head, rest = text.split(GENERATED_START)
     marker, rest = rest.split("\n", 1)
     tail = rest.split(GENERATED_END)[1]
-    return f"{head}{GENERATED_START}{marker}\n{textwrap.fill(advice(summary), 120)}\n{GENERATED_END}{tail}"
+    lines = [
+        textwrap.fill(line, 120, subsequent_indent="  " * line.startswith("-"), break_on_hyphens=False)
+        for line in advice(summary).split("\n")
+    ]
+    return "\n".join([f"{head}{GENERATED_START}{marker}", *lines, f"{GENERATED_END}{tail}"])
 
 
 def terminal_table(summary: dict) -> str:
@@ -359,7 +364,7 @@ def write(runs: Runs, plan: Plan, folder: Path, published: bool) -> dict:
         PAGE.write_text(page(summary, read_overlap()))
         readme = ROOT / "README.md"
         readme.write_text(readme_with(readme.read_text(), summary))
-        print(f"\n  {advice(summary)}")
+        print(f"\n{textwrap.indent(advice(summary), '  ')}")
     also = "docs/overshoot_study.md, its figures, the advice in README.md and " if published else ""
     print(f"\n  wrote {also}summary.json")
     return summary
