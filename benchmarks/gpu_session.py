@@ -25,7 +25,22 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 TOTAL_S = 580.0
 GPU_TESTS = ("tests/test_gpu_backends.py", "tests/test_on_gpu.py")
-NOT_HERE = ("tests/test_cuda_compile.py", "tests/test_triton_compile.py")  # minutes, and they need no GPU: CI has them
+NOT_HERE = tuple(  # minutes, and a GPU changes nothing: CI has them
+    f"tests/test_{name}.py"
+    for name in (
+        "cuda_compile",
+        "triton_compile",
+        "benchmarks_base",
+        "benchmarks_guard",
+        "benchmarks_peers",
+        "benchmarks_suite",
+        "docs_site",
+        "numbers",
+        "overshoot_study",
+        "release",
+        "wheels",
+    )
+)
 OK, FAILED, SKIPPED, CUT = "ok", "FAILED", "skipped", "CUT OFF"
 
 

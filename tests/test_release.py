@@ -4,10 +4,11 @@ import re
 import shutil
 from pathlib import Path
 
-import yaml
+import pytest
 
 import fused_clip_adam as fca
 
+yaml = pytest.importorskip("yaml", reason="PyYAML is not installed: make venv")
 ROOT = Path(__file__).parents[1]
 
 
