@@ -1,4 +1,7 @@
-"""The regression guard on made-up results: a regression, noise, an improvement, what is missing; and committed ones."""
+"""The regression guard on made-up results: a regression, noise, an improvement, what is missing; and committed ones.
+
+What moved without ours is told apart: a peer, and who else took turns.
+"""
 
 import copy
 import json
@@ -15,7 +18,7 @@ NOISE = (0.97, 0.99, 1.0, 1.01, 1.03)
 STREAM = "stream (ceiling)"
 
 
-def result(name: str = "step-one", ours: float = 1.0, noise=NOISE, **others: float) -> dict:
+def result(name: str = "step-one", ours: float = 1.0, noise=NOISE, alternations=None, **others: float) -> dict:
     """A result file's content, from made-up seconds of a candidate; `others`: name -> seconds, `_` for a blank."""
     seconds = {"ours": ours, "torch fused": 1.4, STREAM: 0.8} | {k.replace("_", " "): v for k, v in others.items()}
     measured = Alternation(
@@ -27,6 +30,7 @@ def result(name: str = "step-one", ours: float = 1.0, noise=NOISE, **others: flo
         "baseline": "ours",
         "candidates": summarize(measured, dict.fromkeys(seconds, 28), STREAM),
         "unavailable": {},
+        **({} if alternations is None else {"alternations": alternations}),
     }
 
 
@@ -85,11 +89,78 @@ def test_a_rule_beside_a_plain_step_that_gained_is_no_regression():
     for own in (old, new):
         own["rules_of"] = "cpu"
     assert verdicts(compare(old, new)) == {
-        "align over ours": "same",
-        "torch fused over ours": "same",  # among the rules a candidate is ours, too
+        "align over ours": "the baseline moved",
+        "torch fused over ours": "the baseline moved",  # among the rules a candidate is ours, too
         "ours, share of the ceiling": "improved",
     }
-    assert verdicts(compare(new, old))["align over ours"] == "same"
+    assert verdicts(compare(new, old))["align over ours"] == "the baseline moved"
+
+
+def test_a_peer_that_got_faster_or_slower_is_not_blamed_on_ours():
+    old, new = result(), result(torch_fused=1.1)
+    for before, after in ((old, new), (new, old)):
+        report = compare(before, after)
+        assert verdicts(report) == {"torch fused over ours": "the peer moved", "ours, share of the ceiling": "same"}
+        assert not report.regressions
+    text = guard.text_of(compare(old, new))
+    assert "1.27 times as long: the peer moved" in text and "1 that moved while ours kept its share" in text
+    slower = compare(old, result(ours=1.2, torch_fused=1.1))  # both: ours did get slower
+    assert set(verdicts(slower).values()) == {"REGRESSION"}
+
+
+def test_without_a_share_of_the_ceiling_the_ratio_is_all_there_is():
+    old, new = result(), result(torch_fused=1.1)
+    for own in (old, new):
+        own["candidates"]["ours"]["fraction_of_stream"] = None
+    assert verdicts(compare(old, new)) == {"torch fused over ours": "REGRESSION"}
+
+
+@pytest.mark.parametrize("ours", (1.0, 1.3, 0.7))
+def test_other_candidates_in_turn_are_named_and_not_counted(ours):
+    case = "step-one-tensor"
+    old, new = result(case, DeepSpeedCPUAdam=1.5), result(case, ours=ours, optimi=3.0)
+    report = guard.compare({case: old}, {case: new}, "v1")
+    assert set(verdicts(report).values()) == {"other candidates in turn"} and not report.regressions
+    assert report.turns == [
+        f"{case}: other candidates in turn (added: optimi and removed: DeepSpeedCPUAdam); "
+        f'`make bench ARGS="--base v1 -k {case}"` compares'
+    ]
+    assert "2 among other candidates than then" in guard.text_of(report)
+    assert "NOT COUNTED: step-one-tensor: other candidates" in guard.text_of(report)
+
+
+def test_where_base_has_no_such_case_no_command_is_promised():
+    (sentence,) = compare(result(optimi=3.0), result()).turns
+    assert sentence.endswith("(removed: optimi); not comparable: measure HEAD again with the same candidates")
+
+
+def test_turns_are_those_of_the_alternation_that_a_candidate_is_in():
+    """A package more in the second alternation says nothing of the first, in which ours and torch's ways are."""
+    first = ["ours", "torch fused", STREAM]
+    old = result(alternations=[first, ["ours", "optimi", STREAM]], optimi=3.0)
+    new = result(ours=1.3, alternations=[first, ["ours", "optimi", "torchao", STREAM]], optimi=3.0, torchao=2.0)
+    assert verdicts(compare(old, new)) == {
+        "torch fused over ours": "REGRESSION",
+        "optimi over ours": "other candidates in turn",
+        "ours, share of the ceiling": "REGRESSION",
+    }
+    assert ["added: torchao" in sentence for sentence in compare(old, new).turns] == [True]
+
+
+def test_one_alternation_beside_two_is_another_set_of_candidates():
+    first = ["ours", "torch fused", STREAM]
+    new = result(ours=1.3, alternations=[first, ["ours", "optimi", STREAM]], optimi=3.0)
+    report = compare(result(optimi=3.0), new)
+    assert set(verdicts(report).values()) == {"other candidates in turn"}
+    assert "removed: optimi; or removed: torch fused" in report.turns[0]
+
+
+def test_a_share_from_other_turns_does_not_excuse_a_peers_ratio():
+    """Ours' share is of the first alternation, optimi's ratio of the second, in which nobody else is new."""
+    second = ["ours", "optimi", STREAM]
+    old = result(alternations=[["ours", "torch fused", STREAM], second], optimi=3.0)
+    new = result(alternations=[["ours", "torch fused", "torchao", STREAM], second], optimi=2.0, torchao=2.0)
+    assert verdicts(compare(old, new))["optimi over ours"] == "REGRESSION"
 
 
 def test_who_is_a_peer():
@@ -115,6 +186,12 @@ def test_other_versions_and_files_of_another_day_are_said():
     new["machine"] = {"torch": "2.14.0", "packages": {"deepspeed": "0.20.0"}}
     text = guard.text_of(guard.compare({"a": old, "b": old}, {"a": new, "b": copy.deepcopy(old)}))
     assert "torch 2.13.0 -> 2.14.0, deepspeed 0.19.8 -> 0.20.0" in text and "Not measured anew: b." in text
+
+
+def test_packages_that_came_or_went_are_said():
+    old, new = result(), result(ours=1.01)
+    new["machine"] = {"torch": "2.13.0", "packages": {"deepspeed": None, "torchao": "0.18.0", "apex": None}}
+    assert compare(old, new).versions == ["deepspeed 0.19.8 -> not installed", "torchao not installed -> 0.18.0"]
 
 
 # ---------------------------------------------------------------- from a commit
