@@ -21,7 +21,7 @@ try:
 except ImportError as error:
     raise SystemExit(
         "fused_clip_adam builds against the torch you already have, and none is importable here. Install torch >= 2.10 "
-        f"first, then: pip install --no-build-isolation fused_clip_adam   ({error})"
+        f"first, then: pip install --no-build-isolation .   ({error})"
     ) from error
 
 CPU_SOURCES = [

@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import random
 import re
 import statistics
 import subprocess
@@ -145,9 +146,11 @@ def alternate(
 ) -> Alternation:
     """Times the candidates in turn, one call each a round: warm-up -> rounds -> quiet rounds -> paired times.
 
-    Each round starts with the next candidate, and every other round goes backwards, so that nobody always
-    runs first or always inherits the caches of the same neighbour. If fewer than `MIN_ROUNDS` were quiet when
-    the budget is spent, all rounds are kept and the result is not `quiet`.
+    Each round has its own order, drawn from the round's number, so that nobody always runs first or always inherits
+    the caches of the same neighbour. What else takes turns matters all the same: with other packages' work in between,
+    a step of many tensors finds interpreter, dispatcher and caches colder. Compare ratios of the same candidates only.
+
+    If fewer than `MIN_ROUNDS` were quiet when the budget is spent, all rounds are kept and the result is not `quiet`.
 
     Args:
         candidates: name -> callable without arguments; one call is one measurement.
@@ -194,8 +197,8 @@ def alternate(
             block, block_start = [], time.perf_counter()
             while not block or (watch_cores and time.perf_counter() - block_start < BLOCK_S):
                 r = _rounds_in(taken) + len(block)
-                order = names[r % len(names) :] + names[: r % len(names)]
-                block.append({name: call(name) for name in (order if r % 2 == 0 else reversed(order))})
+                order = random.Random(r).sample(names, len(names))
+                block.append({name: call(name) for name in order})
             taken.append(_Block(block, _others_share(cpu_before, _cpu_seconds(workers) if watch_cores else None)))
             progress(f"{_rounds_in(taken)} rounds taken, {rounds} quiet ones wanted")
     kept = quiet if _rounds_in(quiet) >= min(MIN_ROUNDS, rounds) else taken

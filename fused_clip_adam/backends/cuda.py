@@ -30,7 +30,7 @@ __all__ = [
 ON_DEVICE = True
 """Steps, norms and scalars live on the device, where the kernels advance them; the host reads nothing."""
 
-_HOW = "pip install --no-build-isolation --force-reinstall --no-deps fused_clip_adam"
+_HOW = "in a checkout, pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
 def _load() -> str:

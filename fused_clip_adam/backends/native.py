@@ -51,7 +51,7 @@ def _load() -> str:
     return load_library(
         path,
         "the package was installed without a C++ compiler. Install one (g++ or clang++), "
-        "then: pip install --no-build-isolation --force-reinstall --no-deps fused_clip_adam",
+        "then, in a checkout: pip install --no-build-isolation --force-reinstall --no-deps .",
     )
 
 

@@ -3,7 +3,7 @@
     train_cfg["algorithm"] = {
         "class_name": "fused_clip_adam.integrations.rsl_rl:FusedPPO",
         "optimizer": "fused_clip_adam:FusedClipAdamW",
-        "optimizer_kwargs": {"grad_clip": 1.0, "overshoot": "align"},
+        "optimizer_kwargs": {"grad_clip": 1.0},
         "max_grad_norm": float("inf"),
         ...  # PPO's own
     }

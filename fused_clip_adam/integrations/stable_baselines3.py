@@ -6,10 +6,11 @@ The optimizer alone needs nothing from here:
         policy_kwargs=dict(optimizer_class=fca.FusedClipAdamW, optimizer_kwargs=dict(grad_clip=0.5, weight_decay=0.0)))
 
 `max_grad_norm=float("inf")` turns SB3's own clip off, which would otherwise clip the gradients before the optimizer
-does. 0 does not: it sets every gradient to zero, and None is a TypeError. SB3 gives its default, torch.optim.Adam,
-eps=1e-5; another class has its own default unless `optimizer_kwargs` says otherwise. The optimizer refuses a learning
-rate below 0, where a schedule such as `lambda left: left * 1e-3` ends if the last rollout goes past `total_timesteps`;
-SB3's `LinearSchedule(1e-3, 0.0, 1.0)` stops at 0.
+does; SB3 still takes the norm and multiplies every gradient by 1. 0 does not: it sets every gradient to zero, and None
+is a TypeError. SB3 gives its default, torch.optim.Adam, eps=1e-5; another class has its own default unless
+`optimizer_kwargs` says otherwise. The optimizer refuses a learning rate below 0, where a schedule such as `lambda
+left: left * 1e-3` ends if the last rollout goes past `total_timesteps`; SB3's `LinearSchedule(1e-3, 0.0, 1.0)` stops
+at 0.
 
 A model saved with torch's AdamW goes on with this optimizer, its moments included, by
 `PPO.load(path, env=env, custom_objects={"policy_kwargs": dict(saved_kwargs, optimizer_class=fca.FusedClipAdamW)})`.

@@ -6,7 +6,7 @@ then on its configuration takes (a path that starts with + is not in verl's own 
     actor_rollout_ref.actor.policy_loss.loss_mode=fused_ppo                  one of `OBJECTIVES`
     actor_rollout_ref.actor.optim.optimizer_impl=fused_clip_adam.integrations.verl
     actor_rollout_ref.actor.optim.optimizer=FusedClipAdamW
-    actor_rollout_ref.actor.optim.override_optimizer_config={overshoot: align}
+    actor_rollout_ref.actor.optim.override_optimizer_config={skip_nonfinite: True}
 
 and, for arguments of an objective that verl has no name for,
 

@@ -1,7 +1,8 @@
 """Overshoot rules: what becomes of momentum that no longer agrees with the gradient.
 
-All of them change only the emitted direction (or the beta1 of one step); `exp_avg` and `exp_avg_sq` stay what plain
-AdamW would store. `kernel_code` and `brake_code` are the numbers csrc/update_math.h knows the rules by.
+All but two change only the emitted direction or size: `exp_avg` and `exp_avg_sq` stay what plain AdamW would store.
+`MomentumBrake` and `MedianMomentum` change how the moments move. `kernel_code` and `brake_code` are the numbers
+csrc/update_math.h knows the rules by.
 
 A rule shapes one or more parts of an update: its "momentum" (beta1 of the step), its "direction", its "size". Rules of
 different parts can be given together, as a tuple.
@@ -53,8 +54,8 @@ class AlignedMomentum(Overshoot):
     Raises:
         ValueError: `block` is neither an int from 1 to 2^48 nor one of the names; lag without "tensor".
 
-    Source: this project; evidence in the README. Per element it is the gate of Cautious (arXiv 2411.16085) applied to
-    the old momentum only.
+    Source: this project; docs/overshoot_study.md says what it did in training. Per element it is the gate of Cautious
+    (arXiv 2411.16085) applied to the old momentum only.
     """
 
     block: int | str = 1024
