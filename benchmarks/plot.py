@@ -16,7 +16,8 @@ from pathlib import Path
 from benchmarks.harness import RESULTS, ROOT, peers_of, short_title, variants_of
 
 STREAM_FRACTION, COPY_FRACTION = "fraction_of_stream", "fraction_of_ceiling"  # of a result on a CPU, on a GPU
-FASTER, SLOWER, FRACTION, CEILING_LINE = "#2a6f97", "#c8553d", "#5b8c5a", "#444444"
+FASTER, SLOWER, NO_DIFFERENCE = "#2a6f97", "#c8553d", "#9a9a9a"  # ours, beside a peer: `verdict_on`
+FRACTION, CEILING_LINE = "#5b8c5a", "#444444"
 LONGEST_BAR = 8.0  # unfused peers run off the scale: their bar is cut and the number tells
 # The kinds of cases, by the beginning of their names, in the order that they are shown in.
 KINDS = {
@@ -26,6 +27,7 @@ KINDS = {
     "integration": "In trainers",
 }
 OTHER_KIND = "Beside each other"
+NAMES = {"torchao": "torchao _AdamW"}  # a private class of torchao's: its public ones keep moments of fewer bits
 # Figures of a results folder: file -> what it shows.
 FIGURES = {
     "overview": "ratios to peers and share of the ceiling",
@@ -78,37 +80,63 @@ def fraction_key(result: dict) -> str:
     return COPY_FRACTION if "gpu" in result["machine"] else STREAM_FRACTION
 
 
+def verdict_on(spread: dict) -> str:
+    """What a peer's time over ours says of ours: "faster" or "slower" where all from p20 to p80 says so."""
+    if spread["p20"] > 1:
+        return "faster"
+    return "slower" if spread["p80"] < 1 else "no difference"
+
+
+def _colour(spread: dict) -> str:
+    return {"faster": FASTER, "slower": SLOWER, "no difference": NO_DIFFERENCE}[verdict_on(spread)]
+
+
+def shown_name(name: str, result: dict) -> str:
+    """A candidate as figures name it: with what is not plain from its own name."""
+    return NAMES.get(name, name) + (" (other work)" if name in result.get("other_work", {}) else "")
+
+
+def dates_of(results: list[dict]) -> str:
+    """The day and hour of the results, or of the first and the last of them."""
+    dates = sorted({result["machine"]["date"] for result in results})
+    return dates[0] if len(dates) == 1 else f"{dates[0].removesuffix(' UTC')} to {dates[-1]}"
+
+
+def commits_of(results: list[dict]) -> str:
+    return ", ".join(sorted({result["machine"]["commit"] for result in results}))
+
+
 def draw(results: list[dict], path: Path) -> Path:
     """Left: the peers' time over ours, p20 to p80; right: the bandwidth ours reaches, of the stream's."""
     plt = _pyplot()
-    rows: list[tuple[str, dict | None]] = []  # a heading has no data
-    own = set()
+    rows: list[tuple[str, dict | None, str]] = []  # a heading has no data; the colour of a bar
     for result in results:
-        own.update(variants_of(result))
-        rows.append((result["title"], None))
-        others = [(name, result["candidates"][name]) for name in (*peers_of(result), *variants_of(result))]
-        rows += sorted(others, key=lambda item: item[1]["over_ours"]["p50"])
+        rows.append((result["title"], None, ""))
+        found = {name: result["candidates"][name] for name in (*peers_of(result), *variants_of(result))}
+        own = variants_of(result)
+        for name, row in sorted(found.items(), key=lambda item: item[1]["over_ours"]["p50"]):
+            rows.append((shown_name(name, result), row, FRACTION if name in own else _colour(row["over_ours"])))
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(12, 0.5 + 0.22 * len(rows)), width_ratios=(2.2, 1), layout="constrained"
     )
-    for y, (label, row) in enumerate(rows):
+    for y, (label, row, colour) in enumerate(rows):
         if row is None:
             left.text(0.05, y, label, va="center", fontweight="bold", fontsize=8, backgroundcolor="white")
             continue
         low, middle, high = (row["over_ours"][key] for key in ("p20", "p50", "p80"))
         length = min(middle, LONGEST_BAR)
-        left.barh(y, length, color=FRACTION if label in own else FASTER if middle >= 1 else SLOWER, height=0.7)
+        left.barh(y, length, color=colour, height=0.7)
         if high <= LONGEST_BAR:
             left.plot([low, high], [y, y], color="black", linewidth=1)
         end = max(length, high) if high <= LONGEST_BAR else length
         left.text(end + 0.08, y, f"{middle:.2f}x", va="center", fontsize=8)
     left.axvline(1, color="black", linewidth=0.8, linestyle=":")
-    labelled = [(y, label) for y, (label, row) in enumerate(rows) if row is not None]
+    labelled = [(y, label) for y, (label, row, _) in enumerate(rows) if row is not None]
     left.set_yticks([y for y, _ in labelled], [label for _, label in labelled], fontsize=8)
     left.set(xlim=(0, LONGEST_BAR + 0.9), ylim=(len(rows) - 0.4, -0.8))
     left.set_xlabel(
         "time over ours, median of paired rounds, p20 to p80 (right of 1: ours is faster)\n"
-        "(green: ours in another form, blue: slower, red: faster)"
+        "(green: ours in another form, blue: slower, red: faster, grey: no difference to be told)"
     )
 
     fraction = fraction_key(results[0])
@@ -166,19 +194,19 @@ def draw_throughput(results: list[dict], path: Path) -> Path | None:
             axes.text(ceiling, y + 0.1, f"ceiling {ceiling:,.0f}", va="center", ha="center", fontsize=7)
             continue
         low, middle, high = (row["bytes"] / row["seconds"][key] / 1e9 for key in ("p80", "p50", "p20"))
-        ratio, own = row["over_ours"]["p50"], label not in peers_of(result)
-        axes.barh(y, middle, color=FRACTION if own else FASTER if ratio >= 1 else SLOWER, height=0.7)
+        own = label not in peers_of(result)
+        axes.barh(y, middle, color=FRACTION if own else _colour(row["over_ours"]), height=0.7)
         axes.plot([low, high], [y, y], color="black", linewidth=1)
         text = f"{row['bytes'] / result['elements']:.0f} B an element"
-        text += "" if label == result["baseline"] else f", {ratio:.2f}x the time"
+        text += "" if label == result["baseline"] else f", {row['over_ours']['p50']:.2f}x the time"
         inside = low > longest / 3  # so that no text lies on the line of the ceiling
         axes.text(0 if inside else high, y, f"  {text}", va="center", fontsize=8, color="white" if inside else "black")
-    labelled = [(y, label) for y, (label, row, _) in enumerate(bars) if row is not None]
+    labelled = [(y, shown_name(label, result)) for y, (label, row, result) in enumerate(bars) if row is not None]
     axes.set_yticks([y for y, _ in labelled], [label for _, label in labelled], fontsize=8)
     axes.set(xlim=(0, 1.08 * longest), ylim=(len(bars) - 0.4, -0.8))
     axes.set_xlabel(
         "GB/s: bytes that the method moves at least over its median time, p20 to p80\n"
-        "(green: ours, blue: slower, red: faster)"
+        "(green: ours, blue: slower, red: faster, grey: no difference to be told)"
     )
     axes.spines[["top", "right"]].set_visible(False)
     return _save(figure, results, path)
@@ -229,11 +257,10 @@ def _save(figure, results: list[dict], path: Path) -> Path:
 
 def _caption(results: list[dict]) -> str:
     machine = max((result["machine"] for result in results), key=lambda m: m["date"])
-    commits = ", ".join(sorted({result["machine"]["commit"] for result in results}))
     device = machine["gpu"] if "gpu" in machine else f"{machine['cpu']}, {machine['threads']} threads"
     return (
         f"{device}, torch {machine['torch']}, "
-        f"fused_clip_adam {machine['fused_clip_adam']} (commit {commits}), {machine['date']}"
+        f"fused_clip_adam {machine['fused_clip_adam']} (commit {commits_of(results)}), {dates_of(results)}"
     )
 
 

@@ -11,13 +11,35 @@ from pathlib import Path
 from benchmarks import plot
 from benchmarks.harness import is_ceiling, peers_of, short_title, variants_of
 from benchmarks.peers import PACKAGES
-from benchmarks.plot import COPY_FRACTION, FIGURES, KINDS, OTHER_KIND, STREAM_FRACTION, compared, curves, kind_of
+from benchmarks.plot import (
+    COPY_FRACTION,
+    FIGURES,
+    KINDS,
+    NAMES,
+    OTHER_KIND,
+    STREAM_FRACTION,
+    commits_of,
+    compared,
+    curves,
+    dates_of,
+    kind_of,
+    verdict_on,
+)
 
 START, END = "<!-- results: python -m benchmarks.plot writes this", "<!-- end of results -->"
 PAGE = Path("docs/performance-results.md")
 NO_GPU = "Not yet measured on a GPU."
 # What most people would do instead, the first that a result has; else its first peer.
 USUAL = ("torch fused", "torch eager", "einsum, then our step")
+WITHOUT_CPU_KERNEL = {  # package of benchmarks/peers.py -> the form in which it takes part on a CPU
+    "optimi": "torch operations, foreach or a loop, the faster",
+    "flashoptim": "its kernels need a GPU; its unfused form",
+    "bitsandbytes": "torch operations",
+}
+NO_CEILING = (
+    "For losses and for steps from 64 samples on the stream is no ceiling: arithmetic or reads alone bound them, and "
+    "their share of its bytes/s is no measure of what is left."
+)
 
 
 # ---------------------------------------------------------------- the README's block
@@ -49,20 +71,23 @@ def readme_section(folder: Path, results: list[dict]) -> str:
             f"{_conditions(results)} A time over ours is the median of paired rounds (p20 to p80): above 1 ours is "
             f"faster. All peers, rules, curves and the planner's predictions: [{PAGE}]({PAGE.as_posix()}).",
             "\n".join(usual_rows(results)),
+            NO_CEILING,
             slower_sentence(results),
+            targets_sentence(results),
             *_figure_lines(folder, results),
         ]
     )
 
 
 def usual_rows(results: list[dict]) -> list[str]:
-    """A row a case: the usual way, the fastest of the other ways, and how near ours is to the ceiling."""
+    """A row a case: the usual way, the fastest of the others that do the same work, how near ours is to the ceiling."""
     lines = [
         "| case | the usual way: its time over ours | the fastest other way | bytes/s of the stream's |",
         "|---|---|---|---|",
     ]
     for result in compared(results):
-        rows, peers = result["candidates"], peers_of(result)
+        rows, other_work = result["candidates"], result.get("other_work", {})
+        peers = [name for name in peers_of(result) if name not in other_work]
         usual = next((name for name in (*USUAL, *peers) if name in peers), None)
         others = [name for name in peers if name != usual]
         fastest = min(others, key=lambda name: rows[name]["over_ours"]["p50"], default=None)
@@ -72,21 +97,31 @@ def usual_rows(results: list[dict]) -> list[str]:
 
 
 def slower_sentence(results: list[dict]) -> str:
-    """Every case, and every point of a curve, in which a peer's median time was below ours."""
-    found = []
+    """Every case, and every point of a curve, in which a peer was faster, or no difference was to be told.
+
+    Faster: the whole spread of its time over ours is below 1 (`plot.verdict_on`).
+    """
+    faster, alike = [], []
     for result in results:
         rows = result["candidates"]
         for name in () if result.get("curve") else peers_of(result):
-            if rows[name]["over_ours"]["p50"] < 1:
+            verdict = verdict_on(rows[name]["over_ours"])
+            if verdict == "slower":
                 other = ", which does other work," if name in result.get("other_work", {}) else ""
-                found.append(f"{label(name, result)}{other} {_ratio(rows[name])} in *{short_title(result)}*")
+                faster.append(f"{label(name, result)}{other} {_ratio(rows[name])} in *{short_title(result)}*")
+            elif verdict == "no difference":
+                alike.append(f"{label(name, result)} in *{short_title(result)}*")
     for result in curves(results):
         for name in peers_of(result):
-            faster = [p for p in result["points"] if p["candidates"][name]["over_ours"]["p50"] < 1]
-            sizes = ", ".join(f"{p['x']:,} ({p['candidates'][name]['over_ours']['p50']:.2f})" for p in faster)
-            if faster:
-                found.append(f"{label(name, result)} in *{result['curve']}* at {sizes} {result['x']}")
-    return f"Faster than ours: {'; '.join(found)}." if found else "No peer was faster than ours in any case."
+            spreads = {point["x"]: point["candidates"][name]["over_ours"] for point in result["points"]}
+            verdicts = {x: verdict_on(spread) for x, spread in spreads.items()}
+            where = f"{label(name, result)} in *{result['curve']}* at"
+            if sizes := [f"{x:,} ({spreads[x]['p50']:.2f})" for x in spreads if verdicts[x] == "slower"]:
+                faster.append(f"{where} {', '.join(sizes)} {result['x']}")
+            if sizes := [f"{x:,}" for x in spreads if verdicts[x] == "no difference"]:
+                alike.append(f"{where} {', '.join(sizes)} {result['x']}")
+    said = f"Faster than ours: {'; '.join(faster)}." if faster else "No peer was faster than ours in any case."
+    return f"{said} No difference to be told: {'; '.join(alike)}." if alike else said
 
 
 def command_for(results: list[dict]) -> str:
@@ -130,6 +165,9 @@ def cpu_section(folder: Path, results: list[dict]) -> str:
         f"{_conditions(results)}{_packages(results)}",
         "A time over ours is the median of paired rounds (p20 to p80): above 1 ours is faster. "
         + slower_sentence(results),
+        targets_sentence(results),
+        NO_CEILING,
+        *_forms(results),
     ]
     for kind in (*KINDS.values(), OTHER_KIND):
         if own := [result for result in compared(results) if kind_of(result) == kind]:
@@ -154,7 +192,7 @@ def peer_rows(results: list[dict]) -> list[str]:
     """A row a case, a column for whoever took part anywhere."""
     columns = list(dict.fromkeys(name for r in results for name in (*peers_of(r), *variants_of(r))))
     lines = [
-        f"| case | ms, ours | {' | '.join(columns)} | bytes/s of the stream's |",
+        f"| case | ms, ours | {' | '.join(NAMES.get(name, name) for name in columns)} | bytes/s of the stream's |",
         "|---|" + "---|" * (len(columns) + 2),
     ]
     for result in results:
@@ -184,7 +222,7 @@ def _missing(results: list[dict]) -> list[str]:
             found.setdefault((name, reason), []).append(short_title(result))
     if not found:
         return []
-    rows = [f"- {name}: {reason} ({'; '.join(titles)})" for (name, reason), titles in found.items()]
+    rows = [f"- {NAMES.get(name, name)}: {reason} ({'; '.join(titles)})" for (name, reason), titles in found.items()]
     return ["### Not measured", "\n".join(rows)]
 
 
@@ -195,7 +233,8 @@ def label(name: str, result: dict) -> str:
     """A candidate as a reader who does not know the benchmarks may call it."""
     clips = result.get("max_norm") is not None or "clip" in result["name"]
     usual = "clip_grad_norm_ + AdamW(fused)" if clips else "AdamW(fused)"
-    return {"torch fused": usual, "torch fused, grad_scale": "AdamW(fused), clip by grad_scale"}.get(name, name)
+    shown = {"torch fused": usual, "torch fused, grad_scale": "AdamW(fused), clip by grad_scale", **NAMES}
+    return shown.get(name, name)
 
 
 def _machine(results: list[dict]) -> dict:
@@ -203,16 +242,35 @@ def _machine(results: list[dict]) -> dict:
 
 
 def _conditions(results: list[dict]) -> str:
-    machine = _machine(results)
-    commits = ", ".join(sorted({result["machine"]["commit"] for result in results}))
-    return f"{machine['threads']} threads, torch {machine['torch']}, {machine['date']}; commit {commits}."
+    threads, versions = (_each(key, results) for key in ("threads", "torch"))
+    return f"{threads} threads, torch {versions}, {dates_of(results)}; commit {commits_of(results)}."
+
+
+def _each(key: str, results: list[dict]) -> str:
+    """What the machines of the results say of something: one value, as a rule."""
+    return " and ".join(sorted({str(result["machine"][key]) for result in results}))
 
 
 def _packages(results: list[dict]) -> str:
-    """Versions of the packages that were there, by the newest result."""
-    machine = _machine(results)
-    found = {name: version for name, version in machine.get("packages", {}).items() if version is not None}
-    return f" Packages: {', '.join(f'{name} {version}' for name, version in found.items())}." if found else ""
+    """Versions of the packages that were there, of all results; where they differ, the results of the rarer version."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for result in results:
+        for name, version in result["machine"].get("packages", {}).items():
+            if version is not None:
+                found.setdefault(name, {}).setdefault(version, []).append(result["name"])
+    texts = []
+    for name, versions in found.items():
+        most = max(versions, key=lambda version: len(versions[version]))
+        others = [f"{version} in {', '.join(own)}" for version, own in sorted(versions.items()) if version != most]
+        texts.append(f"{name} {most}" + (f" ({'; '.join(others)})" if others else ""))
+    return f" Packages: {', '.join(texts)}." if texts else ""
+
+
+def _forms(results: list[dict]) -> list[str]:
+    """In what form packages took part that have no kernel of their own on a CPU."""
+    there = {name for result in results for name in result["candidates"]}
+    texts = [f"{name} ({form})" for name, form in WITHOUT_CPU_KERNEL.items() if name in there]
+    return [f"Without a kernel of their own for a step on a CPU: {'; '.join(texts)}."] if texts else []
 
 
 def _share(row: dict) -> str:
@@ -256,7 +314,7 @@ def gpu_section(results: list[dict], figures: list[str], level: str = "###") -> 
         - {*GPU_PEERS.values(), *(r["baseline"] for r in results)}
     )
     # A column for whoever took part anywhere; ours by Triton is one of them unless it is the baseline.
-    columns = {**GPU_PEERS, **{name: name for name in others}}
+    columns = {**GPU_PEERS, **{NAMES.get(name, name): name for name in others}}
     columns = {
         column: name
         for column, name in columns.items()
@@ -266,7 +324,7 @@ def gpu_section(results: list[dict], figures: list[str], level: str = "###") -> 
         f"{level} {machine['gpu']}",
         "",
         f"Driver {machine['driver']}, CUDA {machine['cuda']}, torch {machine['torch']}, Triton {machine['triton']}, "
-        f"{machine['date']}; commit {', '.join(sorted({r['machine']['commit'] for r in results}))}, sources "
+        f"{dates_of(results)}; commit {commits_of(results)}, sources "
         f"{', '.join(sorted({r['machine']['sources'] for r in results}))}.",
     ]
     if on_device:
@@ -299,8 +357,8 @@ def gpu_section(results: list[dict], figures: list[str], level: str = "###") -> 
             lines.append(f"| {result['rules_of']}, {result['elements']:,} elements | {' | '.join(cells)} |")
     if offloaded := [result for result in results if result.get("offload")]:
         lines += ["", *_offload_rows(offloaded)]
-    lines += ["", slower_sentence(results)] if steps_and_losses else []
-    lines += ["", _targets_sentence(results)]
+    lines += ["", slower_sentence(results), "", host_sentence(results)] if steps_and_losses else []
+    lines += ["", targets_sentence(results)]
     for figure in figures:
         lines += ["", figure]
     return "\n".join(lines)
@@ -344,21 +402,58 @@ def _ratio(row: dict | None) -> str:
     return f"{spread['p50']:.2f} ({spread['p20']:.2f} to {spread['p80']:.2f})"
 
 
-def _targets_sentence(results: list[dict]) -> str:
+def host_sentence(results: list[dict]) -> str:
+    """Every case in which ours keeps the host longer than the device, and a peer keeps it less than ours does."""
+    found = []
+    for result in compared(results):
+        rows = result["candidates"]
+        own = rows[result["baseline"]]
+        if own["host_seconds"] is None or own["host_seconds"]["p50"] <= own["seconds"]["p50"]:
+            continue
+        for name in peers_of(result):
+            host = rows[name]["host_seconds"]
+            if host is not None and host["p50"] < own["host_seconds"]["p50"]:
+                both = " of ".join(f"{spread['p50'] * 1e6:,.0f}" for spread in (host, own["host_seconds"]))
+                found.append(f"{label(name, result)} {both} us in *{short_title(result)}*")
+    if not found:
+        return "No peer took less host time than ours where the host takes longer than the device."
+    return f"Less host time than ours, where the host takes longer than the device: {'; '.join(found)}."
+
+
+UNITS = {  # of a target's `what`: how its value is said
+    COPY_FRACTION: ("{}%", " of the copy", 100, 1),
+    STREAM_FRACTION: ("{}%", " of the stream", 100, 1),
+    "over_ours": ("{}x", "", 1, 2),
+    "speed_of_baseline": ("{}x", " the speed without it", 1, 2),
+    "agreement": ("{}%", " agreement of prediction and measurement", 100, 1),
+}
+
+
+def targets_sentence(results: list[dict]) -> str:
     """How many targets were met; each that was missed, by name."""
     missed, unknown, count = [], [], 0
     for result in results:
         for target in result["targets"]:
             count += 1
-            of_copy = target["what"] == COPY_FRACTION
-            show = (lambda x: f"{x:.1%} of the copy") if of_copy else (lambda x: f"{x:.2f}x")
-            what = f"{target['candidate']}, {result['title']}"
+            value, least = _said(target)
+            what = f"{label(target['candidate'], result)}, {short_title(result)}"
             if target["met"] is False:
-                missed.append(f"MISSED: {what}: {show(target['value'])}, wanted {show(target['at_least'])}.")
+                missed.append(f"MISSED: {what}: {value}, wanted {least}.")
             elif target["met"] is None:
-                unknown.append(f"Not measured: {what}, wanted {show(target['at_least'])}.")
+                unknown.append(f"Not measured: {what}, wanted {least}.")
     met = count - len(missed) - len(unknown)
     return " ".join([f"Targets: {met} of {count} met.", *missed, *unknown])
+
+
+def _said(target: dict) -> tuple[str, str]:
+    """A target's value and what was wanted; with more digits where they would look the same and are not."""
+    form, of_what, times, digits = UNITS[target["what"]]
+    value, least = target["value"], target["at_least"]
+    if value is None:
+        return "", f"{form.format(f'{least * times:.{digits}f}')}{of_what}"
+    while digits < 9 and value != least and f"{value * times:.{digits}f}" == f"{least * times:.{digits}f}":
+        digits += 1
+    return tuple(f"{form.format(f'{x * times:.{digits}f}')}{of_what}" for x in (value, least))
 
 
 # ---------------------------------------------------------------- files

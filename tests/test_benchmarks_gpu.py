@@ -431,7 +431,7 @@ def test_readme_without_a_gpu_result_says_so(tmp_path):
     text = readme_with(plot.gpu_results(tmp_path))
     assert text.count(report.NO_GPU) == 1 and text.count("###") == 1, "a heading beside the CPU's"
     assert text.endswith(f"\n\n{report.NO_GPU}\n{report.END}\nafter\n") and text.startswith("before\n")
-    assert "torch 2.13.0+cpu" in text and "old" not in text
+    assert "torch 2.13.0+cpu" in text and "\nold\n" not in text
 
 
 def test_readme_says_not_yet_measured_exactly_while_there_is_no_gpu_folder():
@@ -512,8 +512,25 @@ def test_a_target_whose_peer_was_not_measured_is_not_met():
     result["targets"] = [
         t.to_dict() for t in gpu._targets(gpu.CASES[result["name"]], "ours, cuda", result["candidates"])
     ]
-    assert report._targets_sentence([result]).startswith("Targets: 1 of 2 met. Not measured: torch fused,")
+    usual = report.label("torch fused", result)
+    assert report.targets_sentence([result]).startswith(f"Targets: 1 of 2 met. Not measured: {usual}, ")
     assert "torch fused                 >= 1.20x not measured" in gpu.table(result)
+
+
+def test_a_peer_with_less_host_time_is_named_where_the_host_takes_longer_than_the_device():
+    def hosted(ours_ms: float, peers_us: float) -> dict:
+        result = made_up("step-one-tensor", ours_ms=ours_ms)
+        result["candidates"]["torch fused"]["host_seconds"] = harness.Spread(*[peers_us / 1e6] * 3)._asdict()
+        return result
+
+    nobody = "No peer took less host time than ours where the host takes longer than the device."
+    assert report.host_sentence([hosted(0.049, 30.0)]) == (
+        "Less host time than ours, where the host takes longer than the device: AdamW(fused) 30 of 50 us in "
+        "*float32, one tensor, no clip*."
+    )
+    assert report.host_sentence([hosted(0.051, 30.0)]) == nobody, "the device takes longer"
+    assert report.host_sentence([hosted(0.049, 60.0)]) == nobody, "the peer takes more"
+    assert nobody in report.gpu_section([hosted(12.0, 30.0)], [])
 
 
 def test_figures_are_drawn_for_every_device(tmp_path, monkeypatch):

@@ -224,6 +224,7 @@ def curve(ratios: dict[int, float]) -> dict:
         "candidates": points[-1]["candidates"],
         "points": points,
         "unavailable": {},
+        "targets": [],
     }
 
 
@@ -234,7 +235,7 @@ def test_every_case_in_which_a_peer_wins_is_named(own):
     all_slower = [slowed(result, peer, 1.5) for result in cases for peer in peers[result["name"]][:1]]
     for result in all_slower:
         for peer in peers[result["name"]]:
-            result["candidates"][peer]["over_ours"]["p50"] = 1.5
+            result["candidates"][peer]["over_ours"] = {"p20": 1.4, "p50": 1.5, "p80": 1.6}
     assert report.slower_sentence(all_slower) == "No peer was faster than ours in any case."
     for i, result in enumerate(all_slower):
         peer = peers[result["name"]][-1]
@@ -247,8 +248,116 @@ def test_every_case_in_which_a_peer_wins_is_named(own):
 
 def test_points_of_a_curve_at_which_a_peer_wins_are_named(own):
     _, results = own
-    sentence = report.slower_sentence([*results, curve({1024: 0.7, 4096: 0.9, 65536: 1.2})])
-    assert sentence.endswith("in *step with a clip, one tensor* at 1,024 (0.70), 4,096 (0.90) elements.")
+    sentence = report.slower_sentence([*results, curve({1024: 0.7, 4096: 0.9, 16384: 1.0, 65536: 1.2})])
+    faster, alike = sentence.split(" No difference to be told: ")
+    assert faster.endswith("in *step with a clip, one tensor* at 1,024 (0.70), 4,096 (0.90) elements.")
+    assert alike.endswith("in *step with a clip, one tensor* at 16,384 elements.")
+
+
+@pytest.mark.parametrize(
+    "p20, p50, p80, verdict",
+    (
+        (1.01, 1.02, 1.03, "faster"),
+        (0.99, 1.02, 1.03, "no difference"),
+        (0.97, 0.999, 1.2, "no difference"),
+        (1.0, 1.0, 1.0, "no difference"),
+        (0.97, 0.98, 0.99, "slower"),
+    ),
+)
+def test_a_verdict_takes_the_whole_spread_and_is_the_same_in_the_sentence_and_the_figures(own, p20, p50, p80, verdict):
+    spread = {"p20": p20, "p50": p50, "p80": p80}
+    assert plot.verdict_on(spread) == verdict
+    colours = {"faster": plot.FASTER, "slower": plot.SLOWER, "no difference": plot.NO_DIFFERENCE}
+    assert plot._colour(spread) == colours[verdict]
+    (result,) = [json.loads(json.dumps(r)) for r in own[1] if r["name"] == "step-one-tensor-clip"]
+    result["candidates"] = {name: result["candidates"][name] for name in ("ours", "torch fused")}
+    result["candidates"]["torch fused"]["over_ours"] = spread
+    sentence = report.slower_sentence([result])
+    assert sentence.startswith("Faster than ours") == (verdict == "slower")
+    assert ("No difference to be told: " in sentence) == (verdict == "no difference")
+
+
+def test_other_work_is_never_the_fastest_other_way_and_is_marked_in_figures(own, tmp_path):
+    (result,) = [r for r in own[1] if r["name"] == "step-8-bit-moments"]
+    assert result["other_work"] and all(name not in report.usual_rows([result])[-1] for name in result["other_work"])
+    for name in result["other_work"]:
+        assert plot.shown_name(name, result) == f"{name} (other work)"
+    pytest.importorskip("matplotlib")
+    drawn = plot.draw([result], tmp_path / "overview.svg").read_text()
+    assert all(f"{name} (other work)" in drawn for name in result["other_work"])
+
+
+def test_torchaos_private_class_is_called_so(own, tmp_path):
+    (result,) = [json.loads(json.dumps(r)) for r in own[1] if r["name"] == "step-one-tensor"]
+    result["candidates"]["torchao"] = result["candidates"]["torch fused"]
+    assert PACKAGES["torchao"].optimizer == "_AdamW"
+    assert "| torchao _AdamW |" in report.peer_rows([result])[0]
+    pytest.importorskip("matplotlib")
+    assert "torchao _AdamW" in plot.draw([result], tmp_path / "overview.svg").read_text()
+    assert "torchao _AdamW" in plot.draw_throughput([result], tmp_path / "throughput.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    "what, value, least, says",
+    (
+        ("over_ours", 1.784, 2.0, "1.78x, wanted 2.00x."),
+        ("over_ours", 0.99887, 1.0, "0.999x, wanted 1.000x."),
+        ("fraction_of_stream", 0.7708, 0.85, "77.1% of the stream, wanted 85.0% of the stream."),
+        ("speed_of_baseline", 0.93, 0.95, "0.93x the speed without it, wanted 0.95x the speed without it."),
+        ("agreement", 0.735, 0.85, "73.5% agreement of prediction and measurement, wanted 85.0% agreement of"),
+    ),
+)
+def test_a_missed_target_is_named_with_its_value_on_a_cpu_too(own, what, value, least, says):
+    (result,) = [json.loads(json.dumps(r)) for r in own[1] if r["name"] == "step-one-tensor"]
+    met = harness.Target("ours", "over_ours", 1.0, 1.0)
+    result["targets"] = [met.to_dict(), harness.Target("torch fused", what, least, value).to_dict()]
+    sentence = report.targets_sentence([result])
+    assert sentence.startswith("Targets: 1 of 2 met. MISSED: AdamW(fused), float32, one tensor, no clip: ")
+    assert says in sentence
+    for text in (report.readme_section(own[0], [result]), report.cpu_section(own[0], [result])):
+        assert sentence in text
+
+
+def test_every_kind_of_target_has_a_form(own):
+    targets = [t["what"] for results in (own[1], *plot.gpu_results().values()) for r in results for t in r["targets"]]
+    assert set(targets) <= set(report.UNITS)
+
+
+def test_versions_and_dates_are_those_of_all_results():
+    def of(name, date, **packages):
+        return {
+            "name": name,
+            "machine": {"threads": 2, "torch": "2.13", "date": date, "commit": "c", "packages": packages},
+        }
+
+    results = [
+        of("a", "2026-11-27 18:00 UTC", trl="1.0", apex=None),
+        of("b", "2026-11-27 19:00 UTC", trl="1.0", apex="2.0"),
+        of("c", "2026-11-26 09:00 UTC", trl="1.1", apex=None),
+    ]
+    assert report._packages(results) == " Packages: trl 1.0 (1.1 in c), apex 2.0."
+    assert report._conditions(results) == "2 threads, torch 2.13, 2026-11-26 09:00 to 2026-11-27 19:00 UTC; commit c."
+    assert plot.dates_of(results[:1]) == "2026-11-27 18:00 UTC"
+
+
+def test_who_has_no_kernel_on_a_cpu_is_said_as_peers_has_it(own):
+    forms = report.WITHOUT_CPU_KERNEL
+    assert all(not any(o.get("triton") or o.get("fused") for o in PACKAGES[name].cpu) for name in forms)
+    there = [name for name in forms if any(name in result["candidates"] for result in own[1])]
+    (line,) = report._forms(own[1]) or [""]
+    assert all(f"{name} ({forms[name]})" in line for name in there)
+    assert report._forms([curve({1024: 0.7})]) == []
+
+
+def test_axis_of_the_curves_holds_every_point(tmp_path):
+    from benchmarks.scaling_plot import draw_scaling, lowest_of
+
+    slow = curve({1024: 70.0, 65536: 1.2})  # 0.5 / 70 of the ceiling
+    assert lowest_of([slow]) == 0.003 and lowest_of([curve({1024: 2.0})]) == 0.1
+    assert 0 < lowest_of([curve({1024: 1e6})]) < 0.5e-6, "below all ticks"
+    pytest.importorskip("matplotlib")
+    drawn = draw_scaling([slow], tmp_path / "scaling.svg").read_text()
+    assert "50 GB/s at the last point" in drawn
 
 
 def test_readme_has_every_case_of_the_newest_results_and_a_command_for_every_figure(own):
