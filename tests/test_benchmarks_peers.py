@@ -275,14 +275,17 @@ def test_a_curve_with_a_point_that_was_not_quiet_is_no_result(measured, monkeypa
 def curve(title: str, peer: str, shares: dict[int, tuple[float, float]]) -> dict:
     """A result as a file has it, from (ours, the peer's) share of the ceiling at each size."""
 
-    def row(share: float) -> dict:
-        return {"work_of_ceiling": {"p20": 0.9 * share, "p50": share, "p80": 1.1 * share}}
+    def spread(middle: float) -> dict:
+        return {"p20": 0.9 * middle, "p50": middle, "p80": 1.1 * middle}
+
+    def row(share: float, own: float) -> dict:
+        return {"work_of_ceiling": spread(share), "over_ours": spread(own / share)}
 
     points = [
         {
             "x": x,
             "ceiling": {"gigabytes_per_second": 12.0},
-            "candidates": {"ours": row(own), peer: row(other), "stream (ceiling)": row(1.0)},
+            "candidates": {"ours": row(own, own), peer: row(other, own), "stream (ceiling)": row(1.0, own)},
         }
         for x, (own, other) in shares.items()
     ]
